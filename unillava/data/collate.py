@@ -1,0 +1,104 @@
+"""Samples to a batch. Where every row of the merged sequence comes from is settled here.
+
+Shape letters: B rows, S positions, T tiles of all images, F frames of all videos, N learnt
+positions, 3HW pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unillava.errors import RequestError
+
+TEXT, IMAGE, VIDEO, NEWLINE = range(4)
+"""Kinds of rows of the table that the model gathers from, in the table's order."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, ready to be collated."""
+
+    ids_S: np.ndarray
+    """int64. Text ids; 0 where an image or a video row stands."""
+    kind_S: np.ndarray
+    """int8. TEXT, IMAGE, VIDEO or NEWLINE."""
+    row_S: np.ndarray
+    """int64. Which row of this sample's images (or videos); 0 for text and newline."""
+    learnt_S: np.ndarray
+    """bool. The tokens that are to be learnt."""
+    pixels_T3HW: np.ndarray | None = None
+    """float32, all tiles of all images of this sample."""
+    frames_F3HW: np.ndarray | None = None
+    image_rows: int = 0
+    """Projected rows that all tiles of this sample yield."""
+    video_rows: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids_S)
+
+
+def collate(
+    samples: Sequence[Sample], *, pad_to: int = 1, spare: Sample | None = None
+) -> dict[str, np.ndarray]:
+    """A right-padded batch of one sample per row.
+
+    Args:
+        samples: at least one.
+        pad_to: S becomes a multiple of this (buckets for compiled graphs).
+        spare: whose tiles and frames a batch without any carries unused (training: every rank
+            then runs the vision path, so that nobody waits for gradients that never come).
+
+    Returns:
+        input_ids, position_ids, segment_ids, merge_index [B, S] int64; lengths [B] int64;
+        target_index, targets [N] int64; pixel_values [T, 3, H, W] and pixel_values_videos
+        [F, 3, H, W] float32 where there are any.
+
+    Raises:
+        RequestError: no samples.
+    """
+    if not samples:
+        raise RequestError("nothing to collate", given="0 samples", expected="at least one")
+    B = len(samples)
+    lengths_B = np.array([len(sample) for sample in samples], np.int64)
+    S = -(-int(lengths_B.max()) // pad_to) * pad_to
+    with_images = [s for s in samples if s.pixels_T3HW is not None]
+    with_videos = [s for s in samples if s.frames_F3HW is not None]
+    if spare is not None:
+        with_images = with_images or [s for s in [spare] if s.pixels_T3HW is not None]
+        with_videos = with_videos or [s for s in [spare] if s.frames_F3HW is not None]
+    batch = {"lengths": lengths_B}
+    if with_images:
+        batch["pixel_values"] = np.concatenate([s.pixels_T3HW for s in with_images])
+    if with_videos:
+        batch["pixel_values_videos"] = np.concatenate([s.frames_F3HW for s in with_videos])
+    image_rows = sum(s.image_rows for s in with_images)
+    video_rows = sum(s.video_rows for s in with_videos)
+
+    input_ids_BS = np.zeros((B, S), np.int64)
+    segment_ids_BS = np.zeros((B, S), np.int64)
+    learnt_BS = np.zeros((B, S), bool)
+    merge_index_BS = np.arange(B * S, dtype=np.int64).reshape(B, S)
+    # First row of this sample's images and videos, and of the newline, in the model's table.
+    first = {IMAGE: B * S, VIDEO: B * S + image_rows, NEWLINE: B * S + image_rows + video_rows}
+    for b, sample in enumerate(samples):
+        n = len(sample)
+        input_ids_BS[b, :n], segment_ids_BS[b, :n] = sample.ids_S, 1
+        learnt_BS[b, :n] = sample.learnt_S
+        for kind, base in first.items():
+            places = np.flatnonzero(sample.kind_S == kind)
+            merge_index_BS[b, places] = base + sample.row_S[places]
+        first[IMAGE] += sample.image_rows
+        first[VIDEO] += sample.video_rows
+    # Position s is asked for token s + 1, so the first token of a row is never a target.
+    target_index_N = np.flatnonzero(np.roll(learnt_BS, -1, 1) & (np.arange(S) < S - 1))
+    return batch | {
+        "input_ids": input_ids_BS,
+        "position_ids": np.broadcast_to(np.arange(S, dtype=np.int64), (B, S)).copy(),
+        "segment_ids": segment_ids_BS,
+        "merge_index": merge_index_BS,
+        "target_index": target_index_N,
+        "targets": input_ids_BS.reshape(-1)[target_index_N + 1],
+    }

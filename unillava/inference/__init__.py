@@ -1,0 +1,1 @@
+"""Prefill, decode, sampling, streaming, and the model object that people use."""

@@ -1,0 +1,250 @@
+"""The LLaMA family in one file: LLaMA, Vicuna, Mistral, Yi, Qwen2 (arXiv 2302.13971).
+
+Shape letters: B rows, S positions of this call, T positions of the cache, D model width,
+H heads, K key/value heads, E size of a head, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from backends import nn, ops
+from unillava.models.layers import activate
+from unillava.spec import TextSpec
+
+Tensor = Any
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        D, E = spec.hidden_size, spec.head_dim
+        self.heads, self.kv_heads, self.size = spec.num_heads, spec.num_kv_heads, E
+        self.scale, self.window = 1 / math.sqrt(E), spec.sliding_window
+        self.q_proj = nn.Linear(D, spec.num_heads * E, spec.qkv_bias)
+        self.k_proj = nn.Linear(D, spec.num_kv_heads * E, spec.qkv_bias)
+        self.v_proj = nn.Linear(D, spec.num_kv_heads * E, spec.qkv_bias)
+        self.o_proj = nn.Linear(spec.num_heads * E, D, spec.output_bias)
+
+    def qkv(
+        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        B, S, _ = tuple(x_BSD.shape)
+        q_BSHE = ops.reshape(self.q_proj(x_BSD), (B, S, self.heads, self.size))
+        k_BSKE = ops.reshape(self.k_proj(x_BSD), (B, S, self.kv_heads, self.size))
+        v_BSKE = ops.reshape(self.v_proj(x_BSD), (B, S, self.kv_heads, self.size))
+        q_BSHE = ops.rotary(q_BSHE, cos_BSE, sin_BSE)
+        return q_BSHE, ops.rotary(k_BSKE, cos_BSE, sin_BSE), v_BSKE
+
+    def out(self, x_BSHE: Tensor) -> Tensor:
+        B, S, H, E = tuple(x_BSHE.shape)
+        return self.o_proj(ops.reshape(x_BSHE, (B, S, H * E)))
+
+    def forward(
+        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, segment_ids_BS: Tensor | None
+    ) -> Tensor:
+        q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE)
+        return self.out(
+            ops.attention(
+                q_BSHE,
+                k_BSKE,
+                v_BSKE,
+                scale=self.scale,
+                causal=True,
+                segment_ids_BS=segment_ids_BS,
+                window=self.window,
+            )
+        )
+
+    def prefill(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        start_B: Tensor,
+        k_BTKE: Tensor,
+        v_BTKE: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward` from an empty cache, and the cache filled."""
+        q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE)
+        x_BSHE = ops.attention(
+            q_BSHE, k_BSKE, v_BSKE, scale=self.scale, causal=True, window=self.window
+        )
+        k_BTKE = ops.cache_update(k_BTKE, k_BSKE, start_B)
+        return self.out(x_BSHE), k_BTKE, ops.cache_update(v_BTKE, v_BSKE, start_B)
+
+    def decode(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        start_B: Tensor,
+        k_BTKE: Tensor,
+        v_BTKE: Tensor,
+        visible: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """S further positions of each row, from `start_b` on; reads `visible` cache rows."""
+        q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE)
+        k_BTKE = ops.cache_update(k_BTKE, k_BSKE, start_B)
+        v_BTKE = ops.cache_update(v_BTKE, v_BSKE, start_B)
+        x_BSHE = ops.attention(
+            q_BSHE,
+            k_BTKE[:, :visible],
+            v_BTKE[:, :visible],
+            scale=self.scale,
+            causal=True,
+            lengths_B=start_B + tuple(x_BSD.shape)[1],
+            window=self.window,
+        )
+        return self.out(x_BSHE), k_BTKE, v_BTKE
+
+
+class Mlp(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        D, F = spec.hidden_size, spec.intermediate_size
+        self.gate_proj = nn.Linear(D, F, spec.mlp_bias)
+        self.up_proj = nn.Linear(D, F, spec.mlp_bias)
+        self.down_proj = nn.Linear(F, D, spec.mlp_bias)
+        self.activation = spec.hidden_act
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        gate_BSF, up_BSF = self.gate_proj(x_BSD), self.up_proj(x_BSD)
+        if self.activation == "silu":
+            return self.down_proj(ops.swiglu(gate_BSF, up_BSF))
+        return self.down_proj(activate(self.activation, gate_BSF) * up_BSF)
+
+
+class Block(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.self_attn = Attention(spec)
+        self.mlp = Mlp(spec)
+        self.input_layernorm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+    def forward(
+        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, segment_ids_BS: Tensor | None
+    ) -> Tensor:
+        y_BSD = self.self_attn(self.input_layernorm(x_BSD), cos_BSE, sin_BSE, segment_ids_BS)
+        return self.feed_forward(x_BSD + y_BSD)
+
+    def feed_forward(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+    def prefill(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        start_B: Tensor,
+        k_BTKE: Tensor,
+        v_BTKE: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h_BSD = self.input_layernorm(x_BSD)
+        y_BSD, k_BTKE, v_BTKE = self.self_attn.prefill(
+            h_BSD, cos_BSE, sin_BSE, start_B, k_BTKE, v_BTKE
+        )
+        return self.feed_forward(x_BSD + y_BSD), k_BTKE, v_BTKE
+
+    def decode(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        start_B: Tensor,
+        k_BTKE: Tensor,
+        v_BTKE: Tensor,
+        visible: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h_BSD = self.input_layernorm(x_BSD)
+        y_BSD, k_BTKE, v_BTKE = self.self_attn.decode(
+            h_BSD, cos_BSE, sin_BSE, start_B, k_BTKE, v_BTKE, visible
+        )
+        return self.feed_forward(x_BSD + y_BSD), k_BTKE, v_BTKE
+
+
+class Stack(nn.Module):
+    """Embeddings, blocks and final norm: what checkpoints call `model`."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList([Block(spec) for _ in range(spec.num_layers)])
+        self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        segment_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, cos_BSE, sin_BSE, segment_ids_BS)
+        return self.norm(x_BSD)
+
+    def prefill(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        start_B: Tensor,
+        caches: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        filled: tuple[Tensor, ...] = ()
+        for n, layer in enumerate(self.layers):
+            x_BSD, k_BTKE, v_BTKE = layer.prefill(
+                x_BSD, cos_BSE, sin_BSE, start_B, caches[2 * n], caches[2 * n + 1]
+            )
+            filled = (*filled, k_BTKE, v_BTKE)
+        return self.norm(x_BSD), filled
+
+    def decode(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        start_B: Tensor,
+        caches: tuple[Tensor, ...],
+        visible: int,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        filled: tuple[Tensor, ...] = ()
+        for n, layer in enumerate(self.layers):
+            x_BSD, k_BTKE, v_BTKE = layer.decode(
+                x_BSD, cos_BSE, sin_BSE, start_B, caches[2 * n], caches[2 * n + 1], visible
+            )
+            filled = (*filled, k_BTKE, v_BTKE)
+        return self.norm(x_BSD), filled
+
+
+class LanguageModel(nn.Module):
+    """The decoder with its head. `caches` is (keys, values) of every block in one flat tuple."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.model = Stack(spec)
+        self.tied = spec.tie_embeddings
+        if not self.tied:
+            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, False)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        segment_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states of the merged rows, [B, S, D]."""
+        return self.model(x_BSD, cos_BSE, sin_BSE, segment_ids_BS)
+
+    def logits(self, hidden_BSD: Tensor) -> Tensor:
+        """[..., V] in the dtype of the model."""
+        if self.tied:
+            return ops.linear(hidden_BSD, self.model.embed_tokens.weight)
+        return self.lm_head(hidden_BSD)
+
+    def head_matrix(self) -> Tensor:
+        """The output matrix as [V, D]."""
+        return self.model.embed_tokens.weight if self.tied else self.lm_head.matrix()

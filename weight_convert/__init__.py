@@ -1,0 +1,1 @@
+"""Reads and writes every LLaVA checkpoint layout; NumPy and the standard library only."""
