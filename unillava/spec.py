@@ -14,6 +14,7 @@ from typing import Literal
 
 VideoNewline = Literal["grid", "frame", "one_token", "no_token"]
 ImageMode = Literal["square", "pad", "anyres"]
+AnyresVariant = Literal["hf", "llava"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class LlavaSpec:
     """Candidate (height, width) of anyres, in pixels."""
     unpad: bool = False
     """anyres: cut the padding rows and append the newline row (`spatial_unpad`)."""
+    anyres_variant: AnyresVariant = "hf"
+    """anyres: whose rounding; see `unillava.data.layout.unpadded_box`."""
     has_newline: bool = False
     """Whether the parameter `image_newline` exists."""
     video: VideoSpec | None = None

@@ -219,10 +219,10 @@ def _mask(
 
 
 def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
-    B, S = new_BSKD.shape[:2]
-    rows_B1 = torch.arange(B, device=start_B.device)[:, None]
-    columns_BS = start_B[:, None] + torch.arange(S, device=start_B.device)
-    return cache_BTKD.index_put_((rows_B1, columns_BS), new_BSKD)
+    place_BS = start_B[:, None]
+    if new_BSKD.shape[1] > 1:
+        place_BS = place_BS + torch.arange(new_BSKD.shape[1], device=start_B.device)
+    return cache_BTKD.scatter_(1, place_BS[:, :, None, None].expand_as(new_BSKD), new_BSKD)
 
 
 def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:

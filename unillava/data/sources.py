@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import http.client
 import os
 import time
@@ -62,12 +63,11 @@ def describe(source: object) -> str:
 
 
 def _file(path: Path) -> Path:
-    path = path.expanduser()
-    try:
+    # Longer than the system allows, a null character, or the home of an unknown user.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        path = path.expanduser()
         if path.exists():
             return path
-    except (OSError, ValueError):  # longer than the system allows, or with a null character
-        pass
     raise MediaError(
         "there is no such file",
         given=describe(str(path)),

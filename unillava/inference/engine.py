@@ -19,8 +19,8 @@ from unillava.spec import LlavaSpec
 PROMPT_BUCKET = 64
 """Compiled prompts are padded to a multiple of this, so that few graphs are made."""
 CACHE_BUCKET = 256
-"""Decoding reads the cache up to the next multiple of this: not more than is filled, and few
-graphs when compiled."""
+"""Compiled decoding reads the cache up to the next multiple of this: little more than is filled,
+and few graphs. Eager decoding reads exactly what is filled."""
 
 
 @dataclass
@@ -119,10 +119,12 @@ class Engine:
         anything, as no row reads another's cache.
         """
         filled = int(state.lengths_B.max()) + 1
-        visible = min(state.capacity, -(-filled // CACHE_BUCKET) * CACHE_BUCKET)
+        bucket = CACHE_BUCKET if self.compiled else 1
+        visible = min(state.capacity, -(-filled // bucket) * bucket)
+        uneven = self.compiled or int(state.lengths_B.min()) + 1 < visible
         start_B = np.minimum(state.lengths_B, state.capacity - 1)
         with runtime.no_grad():
-            logits_BV, *caches = self._decoder(visible)(
+            logits_BV, *caches = self._decoder(visible, uneven)(
                 runtime.tensor(tokens_B[:, None]),
                 runtime.tensor((start_B + state.table_start_B)[:, None]),
                 state.cos,
@@ -141,22 +143,22 @@ class Engine:
         )
         return (logits_BV, *filled)
 
-    def _decoder(self, visible: int) -> Callable[..., tuple[Any, ...]]:
+    def _decoder(self, visible: int, uneven: bool) -> Callable[..., tuple[Any, ...]]:
         """The decode step that reads `visible` cache rows; compiled once per such number."""
-        if visible not in self._decoders:
-            network = self.network
+        network = self.network
 
-            def decode_step(
-                ids: Any, positions: Any, cos: Any, sin: Any, start: Any, *caches: Any
-            ) -> tuple[Any, ...]:
-                logits_BV, filled = network.decode(
-                    ids, positions, cos, sin, start, caches, visible
-                )
-                return (logits_BV, *filled)
-
-            self._decoders[visible] = (
-                runtime.compile(decode_step) if self.compiled else decode_step
+        def decode_step(
+            ids: Any, positions: Any, cos: Any, sin: Any, start: Any, *caches: Any
+        ) -> tuple[Any, ...]:
+            logits_BV, filled = network.decode(
+                ids, positions, cos, sin, start, caches, visible, uneven
             )
+            return (logits_BV, *filled)
+
+        if not self.compiled:
+            return decode_step
+        if visible not in self._decoders:
+            self._decoders[visible] = runtime.compile(decode_step)
         return self._decoders[visible]
 
 

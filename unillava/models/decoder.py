@@ -83,18 +83,23 @@ class Attention(nn.Module):
         k_BTKE: Tensor,
         v_BTKE: Tensor,
         visible: int,
+        uneven: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """S further positions of each row, from `start_b` on; reads `visible` cache rows."""
+        """The next position of each row, at `start_b`; reads the first `visible` cache rows.
+
+        Only `uneven` rows need a mask: the others have filled all that is visible.
+        """
         q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE)
         k_BTKE = ops.cache_update(k_BTKE, k_BSKE, start_B)
         v_BTKE = ops.cache_update(v_BTKE, v_BSKE, start_B)
+        masked = uneven or self.window is not None
         x_BSHE = ops.attention(
             q_BSHE,
             k_BTKE[:, :visible],
             v_BTKE[:, :visible],
             scale=self.scale,
-            causal=True,
-            lengths_B=start_B + tuple(x_BSD.shape)[1],
+            causal=masked,
+            lengths_B=start_B + 1 if masked else None,
             window=self.window,
         )
         return self.out(x_BSHE), k_BTKE, v_BTKE
@@ -157,10 +162,11 @@ class Block(nn.Module):
         k_BTKE: Tensor,
         v_BTKE: Tensor,
         visible: int,
+        uneven: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         h_BSD = self.input_layernorm(x_BSD)
         y_BSD, k_BTKE, v_BTKE = self.self_attn.decode(
-            h_BSD, cos_BSE, sin_BSE, start_B, k_BTKE, v_BTKE, visible
+            h_BSD, cos_BSE, sin_BSE, start_B, k_BTKE, v_BTKE, visible, uneven
         )
         return self.feed_forward(x_BSD + y_BSD), k_BTKE, v_BTKE
 
@@ -209,11 +215,19 @@ class Stack(nn.Module):
         start_B: Tensor,
         caches: tuple[Tensor, ...],
         visible: int,
+        uneven: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         filled: tuple[Tensor, ...] = ()
         for n, layer in enumerate(self.layers):
             x_BSD, k_BTKE, v_BTKE = layer.decode(
-                x_BSD, cos_BSE, sin_BSE, start_B, caches[2 * n], caches[2 * n + 1], visible
+                x_BSD,
+                cos_BSE,
+                sin_BSE,
+                start_B,
+                caches[2 * n],
+                caches[2 * n + 1],
+                visible,
+                uneven,
             )
             filled = (*filled, k_BTKE, v_BTKE)
         return self.norm(x_BSD), filled

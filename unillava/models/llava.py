@@ -175,16 +175,18 @@ class Llava(nn.Module):
         start_B: Tensor,
         caches: tuple[Tensor, ...],
         visible: int,
+        uneven: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The next token of each row: logits [B, V] after it, and the caches.
 
-        Row b is written at cache position `start_b`; the first `visible` cache rows are read.
+        Row b is written at cache position `start_b`; the first `visible` cache rows are read,
+        and if some rows have filled less than that, they are `uneven` and need a mask.
         """
         embeds_BSD = self.language_model.model.embed_tokens(input_ids_BS)
         cos_BSE = ops.take_rows(cos_LE, position_ids_BS)
         sin_BSE = ops.take_rows(sin_LE, position_ids_BS)
         hidden_BSD, caches = self.language_model.model.decode(
-            embeds_BSD, cos_BSE, sin_BSE, start_B, caches, visible
+            embeds_BSD, cos_BSE, sin_BSE, start_B, caches, visible, uneven
         )
         return self.logits(hidden_BSD[:, -1]), caches
 

@@ -1,0 +1,339 @@
+"""Ops of the contract on MindSpore tensors. Meaning, shapes and dtypes: backends/contract.py.
+
+Every function works eagerly and inside `ms.jit`: plain module functions, no lambdas, branches
+only on Python values. The MindSpore functions used here run on CPU, GPU and Ascend; those that
+Ascend alone has are in `ascend`, behind the switch FUSED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor
+from mindspore import ops as F
+
+from backends.mindspore import ascend
+
+DTYPES = {
+    "float32": ms.float32,
+    "float16": ms.float16,
+    "bfloat16": ms.bfloat16,
+    "int64": ms.int64,
+    "int32": ms.int32,
+    "bool": ms.bool_,
+}
+
+FUSED = False
+"""The one switch between Ascend's kernels and the portable form; set by runtime.setup."""
+
+CHUNK_BYTES = 64 * 2**20
+"""Float32 logits that `linear_cross_entropy` holds at a time."""
+
+LOWEST = -3.0e38
+"""Score of a key that a query must not see: its weight underflows to exactly 0."""
+
+# Multiplies by the transposed matrix as it lies. F.dense and F.matmul copy it first on CPU.
+_times_transposed = F.MatMul(transpose_b=True)
+_transposed_times = F.MatMul(transpose_a=True)
+_scores = F.BatchMatMul(transpose_b=True)
+
+
+def _dtype(dtype: str | Any) -> Any:
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
+# --- shape -----------------------------------------------------------------------------------
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return F.reshape(x, tuple(shape))
+
+
+def transpose(x: Tensor, axes: Sequence[int]) -> Tensor:
+    return F.transpose(x, tuple(axes))
+
+
+def concat(xs: Sequence[Tensor], axis: int) -> Tensor:
+    return F.cat(tuple(xs), axis)
+
+
+def broadcast_to(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return F.broadcast_to(x, tuple(shape))
+
+
+def cast(x: Tensor, dtype: str | Any) -> Tensor:
+    return F.cast(x, _dtype(dtype))
+
+
+def zeros(shape: Sequence[int], dtype: str | Any) -> Tensor:
+    return F.zeros(tuple(shape), _dtype(dtype))
+
+
+# --- rows and reductions ---------------------------------------------------------------------
+
+
+def take_rows(table_ND: Tensor, index: Tensor) -> Tensor:
+    return ascend.take_rows(table_ND, index) if FUSED else F.gather(table_ND, index, 0)
+
+
+def reduce_sum(x: Tensor, axis: int | Sequence[int], keepdims: bool = False) -> Tensor:
+    return F.sum(x, axis, keepdims)
+
+
+def reduce_mean(x: Tensor, axis: int | Sequence[int], keepdims: bool = False) -> Tensor:
+    return F.mean(x, axis, keepdims)
+
+
+def reduce_max(x: Tensor, axis: int, keepdims: bool = False) -> Tensor:
+    return F.amax(x, axis, keepdims)
+
+
+def argmax(x: Tensor, axis: int) -> Tensor:
+    return F.argmax(x, axis)
+
+
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.where(condition, a, b)
+
+
+# --- linear algebra and activations ----------------------------------------------------------
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    return F.matmul(a, b)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    if FUSED:
+        return ascend.linear(x, weight_OI, bias_O)
+    y_NO = _times_transposed(F.reshape(x, (-1, x.shape[-1])), weight_OI)
+    if bias_O is not None:
+        y_NO = y_NO + bias_O
+    return F.reshape(y_NO, x.shape[:-1] + (weight_OI.shape[0],))
+
+
+def softmax(x: Tensor, axis: int) -> Tensor:
+    if x.dtype == ms.float32:
+        return F.softmax(x, axis)
+    return F.cast(F.softmax(F.cast(x, ms.float32), axis), x.dtype)
+
+
+def gelu(x: Tensor, approximate: bool) -> Tensor:
+    return F.gelu(x, "tanh" if approximate else "none")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * F.sigmoid(x * 1.702)
+
+
+def silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+def relu(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    # Ascend's swiglu kernel wants both halves in one tensor; joining them would move more
+    # memory than the kernel saves.
+    return F.silu(gate) * up
+
+
+# --- normalisation ---------------------------------------------------------------------------
+
+
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    if FUSED:
+        return ascend.layer_norm(x, weight_D, bias_D, eps)
+    return F.LayerNorm(-1, -1, eps)(x, weight_D, bias_D)[0]
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if FUSED:
+        return ascend.rms_norm(x, weight_D, eps)
+    wide = F.cast(x, ms.float32)
+    wide = wide * F.rsqrt(F.mean(F.square(wide), -1, True) + eps)
+    return F.cast(wide, x.dtype) * weight_D
+
+
+# --- transformer ops -------------------------------------------------------------------------
+
+
+def rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    cos_BS1D = F.cast(F.expand_dims(cos_BSD, 2), x_BSHD.dtype)
+    sin_BS1D = F.cast(F.expand_dims(sin_BSD, 2), x_BSHD.dtype)
+    if FUSED:
+        return ascend.rotary(x_BSHD, cos_BS1D, sin_BS1D)
+    half = x_BSHD.shape[-1] // 2
+    turned_BSHD = F.cat((-x_BSHD[..., half:], x_BSHD[..., :half]), -1)
+    return x_BSHD * cos_BS1D + turned_BSHD * sin_BS1D
+
+
+def attention(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    lengths_B: Tensor | None = None,
+    segment_ids_BS: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    S, T = q_BSHD.shape[1], k_BTKD.shape[1]
+    if window is not None and window >= T:
+        window = None
+    if FUSED and ascend.has_attention(q_BSHD):
+        if causal and lengths_B is None and segment_ids_BS is None and window is None:
+            return ascend.causal_attention(q_BSHD, k_BTKD, v_BTKD, scale)
+        visible_BST = _visible(S, T, causal, lengths_B, segment_ids_BS, window)
+        hidden_BST = None if visible_BST is None else F.logical_not(visible_BST)
+        if lengths_B is not None and S == 1:
+            return ascend.decode_attention(q_BSHD, k_BTKD, v_BTKD, scale, hidden_BST)
+        return ascend.attention(q_BSHD, k_BTKD, v_BTKD, scale, hidden_BST)
+    visible_BST = _visible(S, T, causal, lengths_B, segment_ids_BS, window)
+    return _portable_attention(q_BSHD, k_BTKD, v_BTKD, scale, visible_BST)
+
+
+def _visible(
+    S: int,
+    T: int,
+    causal: bool,
+    lengths_B: Tensor | None,
+    segment_ids_BS: Tensor | None,
+    window: int | None,
+) -> Tensor | None:
+    """Which keys a query sees, bool [B or 1, S, T]; None: all."""
+    key_T = F.arange(T)
+    query_BS1 = F.reshape(F.arange(S), (1, S, 1))
+    visible_BST = None
+    if lengths_B is not None:
+        query_BS1 = query_BS1 + F.reshape(lengths_B - S, (-1, 1, 1))
+    if causal:  # with lengths, it implies that the key exists
+        visible_BST = key_T <= query_BS1
+    elif lengths_B is not None:
+        visible_BST = key_T < F.reshape(lengths_B, (-1, 1, 1))
+    if window is not None:
+        visible_BST = _both(visible_BST, key_T > query_BS1 - window)
+    if segment_ids_BS is not None:
+        same_BSS = F.expand_dims(segment_ids_BS, 2) == F.expand_dims(segment_ids_BS, 1)
+        visible_BST = _both(visible_BST, same_BSS)
+    return visible_BST
+
+
+def _both(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else F.logical_and(a, b)
+
+
+def _portable_attention(
+    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float, visible_BST: Tensor | None
+) -> Tensor:
+    B, S, H, D = q_BSHD.shape
+    T, K = k_BTKD.shape[1], k_BTKD.shape[2]
+    # Query heads of one key/value head are rows of one product: nothing is repeated in memory.
+    G = H // K
+    q_BKGSD = F.transpose(F.reshape(q_BSHD * scale, (B, S, K, G, D)), (0, 2, 3, 1, 4))
+    q_BKRD = F.reshape(q_BKGSD, (B, K, G * S, D))
+    scores_BKRT = F.cast(_scores(q_BKRD, F.transpose(k_BTKD, (0, 2, 1, 3))), ms.float32)
+    if visible_BST is not None:
+        scores_BXST = F.reshape(scores_BKRT, (B, H, S, T))
+        scores_BXST = F.where(F.expand_dims(visible_BST, 1), scores_BXST, LOWEST)
+        scores_BKRT = F.reshape(scores_BXST, (B, K, G * S, T))
+    weights_BKRT = F.cast(F.softmax(scores_BKRT, -1), q_BSHD.dtype)
+    out_BKRD = F.bmm(weights_BKRT, F.transpose(v_BTKD, (0, 2, 1, 3)))
+    out_BKGSD = F.reshape(out_BKRD, (B, K, G, S, D))
+    return F.reshape(F.transpose(out_BKGSD, (0, 3, 1, 2, 4)), (B, S, H, D))
+
+
+def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
+    B, S = new_BSKD.shape[:2]
+    rows_BS = F.broadcast_to(F.reshape(F.arange(B), (B, 1)), (B, S))
+    places_BS = F.expand_dims(start_B, 1) + F.arange(S)
+    return F.tensor_scatter_update(cache_BTKD, F.stack((rows_BS, places_BS), -1), new_BSKD)
+
+
+def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:
+    B, C, height, width = x_B3HW.shape
+    O, _, P, _ = weight_OIPP.shape
+    rows, cols = height // P, width // P
+    x = F.reshape(x_B3HW[:, :, : rows * P, : cols * P], (B, C, rows, P, cols, P))
+    x_BGI = F.reshape(F.transpose(x, (0, 2, 4, 1, 3, 5)), (B, rows * cols, C * P * P))
+    return linear(x_BGI, F.reshape(weight_OIPP, (O, -1)), bias_O)
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    logits_NV = F.cast(logits_NV, ms.float32)
+    picked_N1 = F.gather_elements(logits_NV, 1, F.expand_dims(targets_N, 1))
+    return F.logsumexp(logits_NV, -1) - F.reshape(picked_N1, (-1,))
+
+
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    return _chunked_loss(hidden_ND, weight_VD, targets_N)
+
+
+def _chunk_starts(N: int, V: int) -> tuple[range, int]:
+    """Where chunks of rows begin, and how many rows they have."""
+    rows = max(1, CHUNK_BYTES // (4 * V))
+    return range(0, N, rows), rows
+
+
+class _LinearCrossEntropy(ms.nn.Cell):
+    """Computes the logits of a chunk of rows at a time, once forward and once backward.
+
+    Each chunk waits for the one before (`depend`), else a compiled graph may hold all of them.
+    """
+
+    def construct(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        starts, rows = _chunk_starts(hidden_ND.shape[0], weight_VD.shape[0])
+        total = F.zeros((), ms.float32)
+        for start in starts:
+            hidden = F.depend(hidden_ND[start : start + rows], total)
+            targets = targets_N[start : start + rows]
+            kept = targets != -100
+            losses = cross_entropy(
+                linear(hidden, weight_VD), F.where(kept, targets, F.zeros_like(targets))
+            )
+            total = total + F.sum(F.where(kept, losses, F.zeros_like(losses)), 0)
+        return total
+
+    def bprop(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        total: Tensor,
+        upstream: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        V = weight_VD.shape[0]
+        starts, rows = _chunk_starts(hidden_ND.shape[0], V)
+        grads_hidden = ()
+        grad_weight_VD = F.zeros(weight_VD.shape, ms.float32)
+        for start in starts:
+            hidden = F.depend(hidden_ND[start : start + rows], grad_weight_VD)
+            targets_N1 = F.expand_dims(targets_N[start : start + rows], 1)
+            logits_NV = F.cast(linear(hidden, weight_VD), ms.float32)
+            # The gradient of a row's loss is softmax(logits) - one_hot(target).
+            grad_NV = F.softmax(logits_NV, -1) - F.cast(targets_N1 == F.arange(V), ms.float32)
+            grad_NV = grad_NV * (upstream * F.cast(targets_N1 != -100, ms.float32))
+            grad_NV = F.cast(grad_NV, hidden.dtype)
+            grads_hidden = (*grads_hidden, F.matmul(grad_NV, weight_VD))
+            share_VD = _transposed_times(grad_NV, hidden)
+            grad_weight_VD = grad_weight_VD + F.cast(share_VD, ms.float32)
+        return (
+            F.cat(grads_hidden, 0),
+            F.cast(grad_weight_VD, weight_VD.dtype),
+            F.zeros_like(targets_N),
+        )
+
+
+_chunked_loss = _LinearCrossEntropy()
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    return F.stop_gradient(x)

@@ -1,0 +1,57 @@
+"""Tiny checkpoints open as checkpoints, and the command writes them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from unillava.checkpoint import open_checkpoint
+from unillava.cli import tiny as command
+from unillava.spec import parameter_table
+from unillava.tiny import ARCHITECTURES, TEXTS, VISIONS
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("text", list(TEXTS))
+@pytest.mark.parametrize("family", list(ARCHITECTURES))
+def test_every_combination_is_a_sound_checkpoint(tiny, family, text, vision):
+    checkpoint = open_checkpoint(str(tiny(family, text, vision)))
+    checkpoint.check()
+    spec = checkpoint.spec
+    assert (spec.family, spec.vision.kind) == (family, vision)
+    assert spec.text.kind == TEXTS[text].model_type
+    assert spec.text.rope.kind == ("llama3" if text == "llama3" else "default")
+    assert spec.text.tie_embeddings == (text == "qwen2")
+    assert (spec.video is not None) == (family == "llava_next_video")
+    assert dict(checkpoint.shapes) == parameter_table(spec)
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    command.register(app)
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_command_writes_a_checkpoint(tmp_path):
+    result = invoke(tmp_path / "new", "--family", "llava", "--text", "qwen2", "--dtype", "bfloat16")
+    assert result.exit_code == 0 and "llava, qwen2, clip" in result.stdout
+    assert open_checkpoint(str(tmp_path / "new")).spec.dtype == "bfloat16"
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_mistake_is_exit_code_2_and_a_message(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    done = subprocess.run(
+        [sys.executable, "-m", "unillava", "tiny", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "is taken" in done.stderr and "what to do" in done.stderr
+    assert "Traceback" not in done.stderr

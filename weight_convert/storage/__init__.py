@@ -1,0 +1,1 @@
+"""File formats: bytes on the disk to NumPy arrays and back."""
