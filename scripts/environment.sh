@@ -53,7 +53,7 @@ set_up() {
         fi
     fi
     echo "== installing into .venv (three frameworks: some minutes and gigabytes at first)"
-    "$PY" -m pip install --disable-pip-version-check --progress-bar off --quiet \
+    PYTHONWARNINGS=ignore "$PY" -m pip install --disable-pip-version-check --progress-bar off --quiet \
         -c constraints.txt -e '.[all,dev]' || return 1
     echo "$wanted" >"$STAMP"
     echo "== installed"

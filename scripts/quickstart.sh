@@ -11,7 +11,7 @@ UNILLAVA=$ROOT/.venv/bin/unillava
 FOLDER=quickstart
 MODEL=$FOLDER/tiny-llava-next
 PHOTO=tests/data/photo.jpg
-PROMPT="What is shown in this picture?"
+PROMPT="Describe the photo."
 
 rm -rf "$FOLDER"
 mkdir "$FOLDER"
@@ -35,7 +35,7 @@ echo "== do the replies agree, token by token?"
 
 echo
 echo "== unillava parity $MODEL --image $PHOTO"
-"$UNILLAVA" parity "$MODEL" --image "$PHOTO" --html "$FOLDER/parity.html"
+"$UNILLAVA" parity "$MODEL" --image "$PHOTO" --out "$FOLDER/parity.html"
 
 cat <<END
 

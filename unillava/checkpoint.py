@@ -273,7 +273,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON", given=error) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object", given=type(content).__name__)

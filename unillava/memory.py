@@ -157,8 +157,8 @@ def most_tiles(spec: LlavaSpec) -> int:
 
 TRAININGS: dict[str, Trained] = {
     "stage 1: projector": lambda name: part_of(name) == "projector",
-    f"LoRA, rank {LORA_RANK}, and projector": lambda name: part_of(name) == "projector",
-    "stage 2: all but the vision tower": lambda name: part_of(name) != "vision",
+    f"LoRA rank {LORA_RANK}, projector": lambda name: part_of(name) == "projector",
+    "stage 2: all but vision": lambda name: part_of(name) != "vision",
     "stage 2: everything": lambda name: True,
 }
 """Kind of training -> which parameters of the model it changes; LoRA adds its adapters."""
@@ -166,7 +166,7 @@ TRAININGS: dict[str, Trained] = {
 ASSUMPTIONS = (
     "Inference: weights, and keys and values of one conversation that fills the context.",
     "Training: bfloat16 weights (2 bytes per parameter) and, per trained parameter, gradient 2, "
-    "AdamW moments 8, float32 copy 4 bytes; one sample that fills the context, every block "
-    "recomputed in the backward pass; no sharding.",
+    "AdamW moments 8, float32 master copy 4 bytes; one sample that fills the context, every "
+    "block recomputed in the backward pass; no sharding.",
     "Not counted: the framework itself and its work space, commonly 1 to 3 GiB.",
 )

@@ -543,7 +543,7 @@ _SCALES = (
     (r"\.bias$", 0.0, 0.1, 0),
     # Small beside what the blocks add, and the blocks strong: otherwise the next token is a
     # function of the last one alone, and greedy decoding runs in a circle at once.
-    (r"embed_tokens\.weight$", 0.0, 0.2, 0),
+    (r"embed_tokens\.weight$", 0.0, 0.1, 0),
     (r"lm_head\.weight$", 0.0, 0.3, 0),
     (r"language_model\..*\.(q_proj|k_proj|o_proj|down_proj)\.weight$", 0.0, 2.0, 0.5),
     (r"(position|class)_embedding", 0.0, 0.5, 0),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor
 from mindspore import ops as F
 
@@ -167,8 +168,8 @@ def rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     sin_BS1D = F.cast(F.expand_dims(sin_BSD, 2), x_BSHD.dtype)
     if FUSED:
         return ascend.rotary(x_BSHD, cos_BS1D, sin_BS1D)
-    half = x_BSHD.shape[-1] // 2
-    turned_BSHD = F.cat((-x_BSHD[..., half:], x_BSHD[..., :half]), -1)
+    first, second = F.chunk(x_BSHD, 2, -1)
+    turned_BSHD = F.cat((-second, first), -1)
     return x_BSHD * cos_BS1D + turned_BSHD * sin_BS1D
 
 
@@ -195,7 +196,9 @@ def attention(
             return ascend.decode_attention(q_BSHD, k_BTKD, v_BTKD, scale, hidden_BST)
         return ascend.attention(q_BSHD, k_BTKD, v_BTKD, scale, hidden_BST)
     visible_BST = _visible(S, T, causal, lengths_B, segment_ids_BS, window)
-    return _portable_attention(q_BSHD, k_BTKD, v_BTKD, scale, visible_BST)
+    if S == 1:
+        return _one_query(q_BSHD, k_BTKD, v_BTKD, scale, visible_BST)
+    return _many_queries(q_BSHD, k_BTKD, v_BTKD, scale, visible_BST)
 
 
 def _visible(
@@ -207,8 +210,8 @@ def _visible(
     window: int | None,
 ) -> Tensor | None:
     """Which keys a query sees, bool [B or 1, S, T]; None: all."""
-    key_T = F.arange(T)
-    query_BS1 = F.reshape(F.arange(S), (1, S, 1))
+    key_T = _positions(T)
+    query_BS1 = F.reshape(_positions(S), (1, S, 1))
     visible_BST = None
     if lengths_B is not None:
         query_BS1 = query_BS1 + F.reshape(lengths_B - S, (-1, 1, 1))
@@ -228,7 +231,7 @@ def _both(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else F.logical_and(a, b)
 
 
-def _portable_attention(
+def _many_queries(
     q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float, visible_BST: Tensor | None
 ) -> Tensor:
     B, S, H, D = q_BSHD.shape
@@ -237,22 +240,56 @@ def _portable_attention(
     G = H // K
     q_BKGSD = F.transpose(F.reshape(q_BSHD * scale, (B, S, K, G, D)), (0, 2, 3, 1, 4))
     q_BKRD = F.reshape(q_BKGSD, (B, K, G * S, D))
-    scores_BKRT = F.cast(_scores(q_BKRD, F.transpose(k_BTKD, (0, 2, 1, 3))), ms.float32)
-    if visible_BST is not None:
-        scores_BXST = F.reshape(scores_BKRT, (B, H, S, T))
-        scores_BXST = F.where(F.expand_dims(visible_BST, 1), scores_BXST, LOWEST)
-        scores_BKRT = F.reshape(scores_BXST, (B, K, G * S, T))
-    weights_BKRT = F.cast(F.softmax(scores_BKRT, -1), q_BSHD.dtype)
+    scores_BHST = F.reshape(_scores(q_BKRD, F.transpose(k_BTKD, (0, 2, 1, 3))), (B, H, S, T))
+    weights_BKRT = F.reshape(_weights(scores_BHST, visible_BST), (B, K, G * S, T))
     out_BKRD = F.bmm(weights_BKRT, F.transpose(v_BTKD, (0, 2, 1, 3)))
     out_BKGSD = F.reshape(out_BKRD, (B, K, G, S, D))
     return F.reshape(F.transpose(out_BKGSD, (0, 3, 1, 2, 4)), (B, S, H, D))
 
 
+def _one_query(
+    q_B1HD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float, visible_B1T: Tensor | None
+) -> Tensor:
+    """For decoding: reads keys and values as they lie.
+
+    To bring the heads of a long cache to the front (a transposition) takes far longer on CPU
+    than attention itself. So each query is laid out over the width of all heads, zero outside
+    its own, and multiplies whole rows of the cache.
+    """
+    B, _, H, D = q_B1HD.shape
+    T, K = k_BTKD.shape[1], k_BTKD.shape[2]
+    own_KK = Tensor(np.eye(K, dtype=np.float32))
+    own_1K1K1 = F.cast(F.reshape(own_KK, (1, K, 1, K, 1)), q_B1HD.dtype)
+    q_BKGKD = F.reshape(q_B1HD * scale, (B, K, H // K, 1, D)) * own_1K1K1
+    scores_BHT = _scores(F.reshape(q_BKGKD, (B, H, K * D)), F.reshape(k_BTKD, (B, T, K * D)))
+    weights_BHT = F.reshape(_weights(F.reshape(scores_BHT, (B, H, 1, T)), visible_B1T), (B, H, T))
+    out_BHX = F.bmm(weights_BHT, F.reshape(v_BTKD, (B, T, K * D)))
+    out_BKGKD = F.reshape(out_BHX, (B, K, H // K, K, D)) * own_1K1K1
+    return F.reshape(F.sum(out_BKGKD, 3), (B, 1, H, D))
+
+
+def _weights(scores_BHST: Tensor, visible_BST: Tensor | None) -> Tensor:
+    """Softmax over the visible keys, in float32, in the dtype of the scores."""
+    wide_BHST = F.cast(scores_BHST, ms.float32)
+    if visible_BST is not None:
+        wide_BHST = F.where(F.expand_dims(visible_BST, 1), wide_BHST, LOWEST)
+    return F.cast(F.softmax(wide_BHST, -1), scores_BHST.dtype)
+
+
 def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
-    B, S = new_BSKD.shape[:2]
-    rows_BS = F.broadcast_to(F.reshape(F.arange(B), (B, 1)), (B, S))
-    places_BS = F.expand_dims(start_B, 1) + F.arange(S)
-    return F.tensor_scatter_update(cache_BTKD, F.stack((rows_BS, places_BS), -1), new_BSKD)
+    B, S, K, D = new_BSKD.shape
+    rows_B = _positions(B)
+    if S == 1:
+        places_B2 = F.stack((rows_B, start_B), -1)
+        return F.tensor_scatter_update(cache_BTKD, places_B2, F.reshape(new_BSKD, (B, K, D)))
+    rows_BS = F.broadcast_to(F.expand_dims(rows_B, 1), (B, S))
+    columns_BS = F.expand_dims(start_B, 1) + _positions(S)
+    return F.tensor_scatter_update(cache_BTKD, F.stack((rows_BS, columns_BS), -1), new_BSKD)
+
+
+def _positions(length: int) -> Tensor:
+    """0 … length - 1. In eager mode F.arange is a computation, and a slow one."""
+    return Tensor(np.arange(length))
 
 
 def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -319,7 +356,7 @@ class _LinearCrossEntropy(ms.nn.Cell):
             targets_N1 = F.expand_dims(targets_N[start : start + rows], 1)
             logits_NV = F.cast(linear(hidden, weight_VD), ms.float32)
             # The gradient of a row's loss is softmax(logits) - one_hot(target).
-            grad_NV = F.softmax(logits_NV, -1) - F.cast(targets_N1 == F.arange(V), ms.float32)
+            grad_NV = F.softmax(logits_NV, -1) - F.cast(targets_N1 == _positions(V), ms.float32)
             grad_NV = grad_NV * (upstream * F.cast(targets_N1 != -100, ms.float32))
             grad_NV = F.cast(grad_NV, hidden.dtype)
             grads_hidden = (*grads_hidden, F.matmul(grad_NV, weight_VD))

@@ -116,9 +116,7 @@ def parameter_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in module.named_parameters()}
 
 
-def assign(
-    module: torch.nn.Module, name: str, array: np.ndarray, bfloat16: bool = False
-) -> None:
+def assign(module: torch.nn.Module, name: str, array: np.ndarray, bfloat16: bool = False) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     # view: NumPy has no bfloat16, so its bits travel as integers.

@@ -66,7 +66,9 @@ SPECS = {
     "llama3": spec_of(
         text=text_spec(rope=RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, original_max_position=16))
     ),
-    "dynamic": spec_of(text=text_spec(rope=RopeSpec(1e4, "dynamic", 2.0, original_max_position=16))),
+    "dynamic": spec_of(
+        text=text_spec(rope=RopeSpec(1e4, "dynamic", 2.0, original_max_position=16))
+    ),
     "window": spec_of(text=text_spec(kind="mistral", sliding_window=5)),
 }
 
@@ -88,8 +90,8 @@ def sample(spec, rng, before=3, tiles=1, after=4, frames=0) -> Sample:
     rows = [np.zeros(before, np.int64), rng.permutation(n), np.zeros(after, np.int64)]
     kinds = [np.zeros(before), np.full(n, IMAGE), np.zeros(after)]
     if spec.has_newline and tiles:
-        kinds[1][:: 4] = NEWLINE
-        rows[1][:: 4] = 0
+        kinds[1][::4] = NEWLINE
+        rows[1][::4] = 0
     kind, row = np.concatenate(kinds).astype(np.int8), np.concatenate(rows).astype(np.int64)
     ids = np.where(kind == 0, rng.integers(0, spec.text.vocab_size, len(kind)), 0)
     learnt = (kind == 0) & (np.arange(len(kind)) > before + n)

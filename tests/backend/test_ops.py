@@ -311,9 +311,9 @@ def test_unused_parameter_has_zero_gradient(nn, ops, runtime):
     two = runtime.build(Two)
     runtime.assign(two, "used", np.arange(3, dtype=np.float32))
     runtime.assign(two, "unused", np.ones(2, np.float32))
-    value, gradients = runtime.value_and_grad(
-        lambda x: ops.reduce_sum(two.used * x, axis=0), two
-    )(runtime.tensor(np.ones(3, np.float32)))
+    value, gradients = runtime.value_and_grad(lambda x: ops.reduce_sum(two.used * x, axis=0), two)(
+        runtime.tensor(np.ones(3, np.float32))
+    )
     assert value == 3.0
     np.testing.assert_array_equal(gradients["used"], np.ones(3))
     np.testing.assert_array_equal(gradients["unused"], np.zeros(2))
@@ -361,9 +361,7 @@ def filled(runtime, module):
 
 def test_linear_matrix_is_out_by_in(nn, runtime):
     layer = filled(runtime, runtime.build(lambda: nn.Linear(3, 5, False)))
-    np.testing.assert_array_equal(
-        runtime.numpy(layer.matrix()), runtime.fetch(layer, "weight")
-    )
+    np.testing.assert_array_equal(runtime.numpy(layer.matrix()), runtime.fetch(layer, "weight"))
 
 
 def test_recompute_changes_nothing(nn, ops, runtime):

@@ -198,6 +198,8 @@ def test_the_request_is_not_changed():
         ({"messages": [{"role": "bot", "content": "Q"}]}, r"messages\[0\] has no known role"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content"),
         ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\] has no content"),
+        (ask("A \ud83d"), r"messages\[0\] has half a character"),
+        (ask(text("Q"), text("\udc00")), r"messages\[0\].content\[1\] has half a character"),
         (ask(""), r"messages\[0\] is empty"),
         ({"messages": [{"role": "user", "content": []}]}, r"messages\[0\] is empty"),
         (ask("Q", "R"), r"messages\[0\].content\[0\] is of an unknown type"),

@@ -70,7 +70,7 @@ def original_labels(tokenizer, text, end, separator):
     Rounds are measured with the tokenizer and the answer is found by counting two ids back, BOS
     and the lone space that ends the separator.
     """
-    legacy = tokenizer("</s>USER", add_special_tokens=False).tokens()[1] == "▁"
+    legacy = tokenizer.tokenize("</s>USER")[1].startswith("▁")
     ids = original_ids(tokenizer, text)
     learnt, cursor = np.zeros(len(ids), bool), 1
     for n, round_ in enumerate(text.split(end)):
@@ -92,15 +92,15 @@ words = st.lists(
 conversations = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ["new", "legacy", "slow"])
 @pytest.mark.parametrize(
     ("name", "separator"),
     [("vicuna_v1", " ASSISTANT: "), ("llava_llama_2", "[/INST] ")],
 )
 @given(pairs=conversations, has_image=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_ids_and_labels_equal_the_original_rules(legacy, name, separator, pairs, has_image):
-    tokenizer = llama_like(**UNKNOWN, legacy=legacy)
+def test_ids_and_labels_equal_the_original_rules(slow, kind, name, separator, pairs, has_image):
+    tokenizer = slow if kind == "slow" else llama_like(**UNKNOWN, legacy=kind == "legacy")
     messages = say(*(text for pair in pairs for text in pair))
     if has_image:
         messages[0]["content"].insert(0, IMAGE)
@@ -301,7 +301,7 @@ def test_a_control_token_that_swallows_its_surroundings_is_refused():
     tokenizer = llama_like()
     # After the cut the tokenizer would see "<" and "</s>" as this token.
     tokenizer.add_tokens([AddedToken("<</s>", special=True)], special_tokens=True)
-    with pytest.raises(RequestError, match="cannot be kept from seeing"):
+    with pytest.raises(RequestError, match="cannot be kept from the tokenizer"):
         encoded_prompt(tokenizer, "vicuna_v1", say("</s>"), True)
 
 

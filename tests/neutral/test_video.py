@@ -247,9 +247,7 @@ def test_list_of_pictures(tmp_path):
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "AVIF"])
 def test_animations(format):
     file = io.BytesIO()
-    options = (
-        {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "AVIF" else {}
-    )
+    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 95}}.get(format, {})
     durations_ms = [100, 300, 200, 400, 100]
     later = [picture(number) for number in range(1, 5)]
     picture(0).save(

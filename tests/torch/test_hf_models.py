@@ -173,7 +173,13 @@ def pair(request, tmp_path_factory, runtime):
     checkpoint = open_checkpoint(str(directory))
     fields = processor_dict(family, config)
     ours = ImageProcessor.from_config(checkpoint.spec, fields)
-    return model, hf_image_processor(fields), checkpoint.spec, loading.load_network(checkpoint), ours
+    return (
+        model,
+        hf_image_processor(fields),
+        checkpoint.spec,
+        loading.load_network(checkpoint),
+        ours,
+    )
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
@@ -226,9 +232,7 @@ def test_logits_and_greedy_tokens(pair):
     for n, (sizes, videos) in enumerate(requests_for(spec)):
         pictures = [picture(*size, seed=10 * n + k) for k, size in enumerate(sizes)]
         side = spec.vision.image_size
-        frames = [
-            rng.standard_normal((4, 3, side, side)).astype(np.float32) for _ in range(videos)
-        ]
+        frames = [rng.standard_normal((4, 3, side, side)).astype(np.float32) for _ in range(videos)]
         markers = [spec.image_token] * len(sizes) + [spec.video_token] * videos
         ids = ids_with_markers(rng, markers)
         tiles = [ours.tiles(p) for p in pictures]

@@ -106,8 +106,8 @@ def test_greedy_reply_wanders_and_depends_on_the_picture(tiny, photo, family, te
         best_S2 = logits_SV.topk(2).values
         lead = (best_S2[:, 0] - best_S2[:, 1]).min() / logits_SV.abs().max()
         replies.append(out.sequences[0, inputs["input_ids"].shape[1] :].tolist())
-        # The bar between backends is 1e-5 of the largest logit.
-        assert lead > 1e-4, float(lead)
+        # Backends may differ by 1e-5 of the largest logit, in either of the two best.
+        assert lead > 2e-5, float(lead)
         assert len(replies[-1]) == 16
     assert len(set(replies[0])) >= 8
     assert replies[0] != replies[1]

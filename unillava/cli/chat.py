@@ -191,7 +191,7 @@ def _converse(dialogue: Dialogue, path: str) -> None:
     # Importing it gives input() line editing and history.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(_headline(path, dialogue), style="bold", markup=False)
     console.print("/help shows the commands.", style="dim")
     for text in _turns(console):

@@ -137,11 +137,13 @@ def _print_inference(console: Console, info: Info) -> None:
 def _print_training(console: Console, info: Info) -> None:
     from rich.table import Table
 
-    columns = ("trained", "weights", "gradients", "moments", "fp32 copy", "activations", "total")
-    table = Table("training, bfloat16 and AdamW", *_right(*columns))
-    for need in info.training:
-        sizes = (need.weights, need.gradients, need.moments, need.master, need.activations)
-        table.add_row(need.kind, f"{need.trained:,}", *map(_size, sizes), _size(need.total))
+    # One column for each kind, so that the table fits into a terminal of 80 columns.
+    table = Table("training", *_right(*(need.kind for need in info.training)))
+    table.add_row("trained", *(f"{need.trained:,}" for need in info.training))
+    for name in ("weights", "gradients", "moments", "master", "activations"):
+        table.add_row(name, *(_size(getattr(need, name)) for need in info.training))
+    table.add_section()
+    table.add_row("total", *(_size(need.total) for need in info.training))
     console.print(table)
 
 

@@ -8,7 +8,6 @@ are bound to the `<image>` and `<video>` markers of the user's text in order.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +35,7 @@ RECORD_ROLES = {
 }
 
 MARKER = re.compile("|".join(MARKERS.values()))
+SURROGATE = re.compile("[\ud800-\udfff]")
 KINDS = {marker: kind for kind, marker in MARKERS.items()}
 
 
@@ -177,7 +177,7 @@ def _read_turn(n: int, message: Any) -> _Turn:
     content = message.get("content")
     turn = _Turn(position, role)
     if isinstance(content, str):
-        turn.slots = list(_split_text(content, role))
+        turn.slots = _split_text(position, content, role)
     elif isinstance(content, list):
         for place, part in enumerate(content):
             turn.slots += _read_part(f"{position}.content[{place}]", part, role)
@@ -204,7 +204,7 @@ def _read_part(position: str, part: Any, role: str) -> list[_Slot]:
     if kind == "text":
         if not isinstance(value, str):
             raise RequestError(f"{position} has no text", given=_shortened(part))
-        return list(_split_text(value, role))
+        return _split_text(position, value, role)
     if role != "user":
         raise RequestError(
             f"{position}: only the user can show something",
@@ -222,19 +222,25 @@ def _read_part(position: str, part: Any, role: str) -> list[_Slot]:
     return [_Slot(kind, value)]
 
 
-def _split_text(text: str, role: str) -> Iterator[_Slot]:
+def _split_text(position: str, text: str, role: str) -> list[_Slot]:
     """Text and markers; what system and assistant write is text whatever it spells."""
-    start, found = 0, MARKER.finditer(text) if role == "user" else ()
+    if SURROGATE.search(text):
+        raise RequestError(
+            f"{position} has half a character",
+            given="a lone surrogate, for example from cutting an emoji in UTF-16",
+            expected="text that can be written as UTF-8",
+        )
     slots: list[_Slot] = []
-    for marker in found:
+    start = 0
+    for marker in MARKER.finditer(text) if role == "user" else ():
         slots.append(_Slot("text", text[start : marker.start()]))
         slots.append(_Slot(KINDS[marker[0]], None, is_marker=True))
         start = marker.end()
     slots.append(_Slot("text", text[start:]))
     slots = [slot for slot in slots if slot.kind != "text" or slot.value]
-    for n, slot in enumerate(slots):
-        slot.inline = n > 0
-        yield slot
+    for slot in slots[1:]:
+        slot.inline = True
+    return slots
 
 
 def _prefer_markers(turn: _Turn) -> None:

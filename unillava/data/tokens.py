@@ -14,7 +14,6 @@ markers is tokenised piece by piece, with one BOS at the very beginning.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,21 +65,19 @@ def encode(tokenizer: Any, rendered: Rendered, spec: LlavaSpec) -> Encoded:
     for start, end in rendered.spans:
         learnt[start:end] = True
     cuts = _cuts(rendered, tokenizer)
-    ids: list[int] = []
-    flags: list[bool] = []
+    pieces: list[Encoded] = []
     start = 0
     for place, marker in [*_unknown_markers(rendered, added), (len(rendered.text), "")]:
         chunk = _Chunk(rendered.text, learnt, (start, place), cuts)
-        for number, is_learnt in chunk.tokens(tokenizer, is_aligned=bool(rendered.spans)):
-            ids.append(number)
-            flags.append(is_learnt)
+        pieces.append(chunk.encode(tokenizer, is_aligned=bool(rendered.spans)))
         if marker:
-            ids.append(marker_ids[marker])
-            flags.append(False)
+            pieces.append(Encoded(np.array([marker_ids[marker]], np.int64), np.zeros(1, bool)))
         start = place + len(marker)
-    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        ids, flags = [tokenizer.bos_token_id, *ids], [False, *flags]
-    encoded = Encoded(np.array(ids, np.int64), np.array(flags, bool))
+    encoded = Encoded(
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([piece.learnt for piece in pieces]),
+    )
+    encoded = _with_bos(tokenizer, encoded)
     _check_markers(rendered, encoded, marker_ids)
     return encoded
 
@@ -131,9 +128,12 @@ def _unknown_markers(rendered: Rendered, added: dict[str, int]) -> list[tuple[in
     return [(start, marker) for start, marker in places if marker not in added]
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def _with_bos(tokenizer: Any, encoded: Encoded) -> Encoded:
+    """With the BOS that the tokenizer would put first, unless the template has written one."""
     bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("").input_ids[:1] == [bos]
+    if bos is None or tokenizer("").input_ids[:1] != [bos] or encoded.ids[:1].tolist() == [bos]:
+        return encoded
+    return Encoded(np.insert(encoded.ids, 0, bos), np.insert(encoded.learnt, 0, False))
 
 
 def _cuts(rendered: Rendered, tokenizer: Any) -> dict[int, str]:
@@ -171,47 +171,44 @@ class _Chunk:
         self._text = "".join(strings)
         self._learnt = np.concatenate(flags)
 
-    def tokens(self, tokenizer: Any, is_aligned: bool) -> Iterator[tuple[int, bool]]:
-        """(id, whether it is learnt) of every token."""
+    def encode(self, tokenizer: Any, is_aligned: bool) -> Encoded:
+        """The tokens of this stretch, without those that made the cuts."""
         if not self._text:
-            return
+            return Encoded(np.empty(0, np.int64), np.empty(0, bool))
         ids, last = _tokenise(tokenizer, self._text, is_aligned or bool(self._dropped))
-        dropped = {
-            place: tokenizer.convert_tokens_to_ids(string)
-            for place, string in self._dropped.items()
-        }
-        for number, place in zip(ids, last, strict=True):
-            if dropped.get(place) == number:
-                del dropped[place]
-            else:
-                yield number, bool(self._learnt[place])
-        if dropped:
-            raise RequestError(
-                "the text spells control tokens that this tokenizer cannot be kept from seeing",
-                given=", ".join(sorted({self._dropped[place] for place in dropped})),
-                fix="write them differently in the message",
-            )
+        kept = np.ones(len(ids), bool)
+        for place, string in self._dropped.items():
+            cut = (last == place) & (ids == tokenizer.convert_tokens_to_ids(string))
+            if cut.sum() != 1:
+                raise RequestError(
+                    "the text spells a control token that cannot be kept from the tokenizer",
+                    given=string,
+                    fix="write it differently in the message",
+                )
+            kept &= ~cut
+        return Encoded(ids[kept], self._learnt[last[kept]])
 
 
-def _tokenise(tokenizer: Any, text: str, is_aligned: bool) -> tuple[list[int], list[int]]:
-    """Ids, and for each the place of the last character that it stands for."""
+def _tokenise(tokenizer: Any, text: str, is_aligned: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, and for each the place of the last character that it stands for; both int64 [n]."""
     if tokenizer.is_fast:
         encoding = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        return encoding.input_ids, [max(end - 1, start) for start, end in encoding.offset_mapping]
+        offsets = np.array(encoding.offset_mapping, np.int64).reshape(-1, 2)
+        return np.array(encoding.input_ids, np.int64), np.maximum(offsets[:, 1] - 1, offsets[:, 0])
     pieces = tokenizer.tokenize(text)
-    ids = tokenizer.convert_tokens_to_ids(pieces)
-    return ids, _align(pieces, text) if is_aligned else [0] * len(ids)
+    ids = np.array(tokenizer.convert_tokens_to_ids(pieces), np.int64)
+    return ids, _align(pieces, text) if is_aligned else np.zeros(len(ids), np.int64)
 
 
-def _align(pieces: list[str], text: str) -> list[int]:
+def _align(pieces: list[str], text: str) -> np.ndarray:
     """For each piece of a slow sentencepiece tokenizer the place of its last character.
 
     Pieces are matched with the text byte by byte; a space that the tokenizer put before a piece,
     or dropped from the text, is allowed for.
     """
-    data = text.encode()
+    data = text.replace("▁", " ").encode()  # sentencepiece does not tell the two apart
     # character_at[b]: the character that byte b belongs to
     character_at = np.cumsum([(byte & 0xC0) != 0x80 for byte in data]) - 1
     places, cursor = [], 0
@@ -220,8 +217,8 @@ def _align(pieces: list[str], text: str) -> list[int]:
         cursor = start + length
         # A piece that stands for no character (an added space) belongs to the next one.
         place = cursor - 1 if length else cursor
-        places.append(int(character_at[min(place, len(data) - 1)]))
-    return places
+        places.append(min(place, len(data) - 1))
+    return character_at[np.array(places, np.int64)]
 
 
 def _match(piece: str, data: bytes, cursor: int) -> tuple[int, int]:

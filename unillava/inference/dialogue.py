@@ -55,7 +55,7 @@ class Dialogue:
             self._opening.append(part)
 
     def say(self, text: str) -> Iterator[str]:
-        """One turn: the reply piece by piece; afterwards `reply` holds it whole.
+        """One turn: the reply's text piece by piece; afterwards `reply` holds it whole.
 
         Closing the iterator early keeps what was said so far as the reply. After an error the
         turn is not recorded and the attached media stay attached.
@@ -66,7 +66,7 @@ class Dialogue:
         question = {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}
         before = self.messages
         self.reply = None
-        said = ""
+        said = held = ""
         try:
             stream = self.model.stream({"messages": [*before, question]}, **self.options)
             while True:
@@ -75,8 +75,14 @@ class Dialogue:
                 except StopIteration as end:
                     self.reply = end.value
                     break
-                said += piece
-                yield piece
+                # White space leaves with what follows it, so that the pieces, joined, are the
+                # reply's text: without any at its beginning and end.
+                text = (held + piece).rstrip()
+                held = (held + piece)[len(text) :]
+                text = text if said else text.lstrip()
+                if text:
+                    said += text
+                    yield text
         finally:
             if self.reply is not None:
                 self.messages, self.attached = list(self.reply.history), []

@@ -138,9 +138,7 @@ class Engine:
     def _prefill_step(
         self, embeds: Any, positions: Any, cos: Any, sin: Any, start: Any, last: Any, *caches: Any
     ) -> tuple[Any, ...]:
-        logits_BV, filled = self.network.prefill(
-            embeds, positions, cos, sin, start, last, caches
-        )
+        logits_BV, filled = self.network.prefill(embeds, positions, cos, sin, start, last, caches)
         return (logits_BV, *filled)
 
     def _decoder(self, visible: int, uneven: bool) -> Callable[..., tuple[Any, ...]]:

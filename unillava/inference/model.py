@@ -117,10 +117,7 @@ class Model:
         state, logits_BV = self.engine.start(batch, max(row.room for row in rows))
         plain = options.temperature == 0 and options.repetition_penalty == 1
         while True:
-            if plain:
-                tokens_B = greedy(logits_BV)
-            else:
-                tokens_B = _sample(rows, runtime.numpy(logits_BV))
+            tokens_B = greedy(logits_BV) if plain else _sample(rows, runtime.numpy(logits_BV))
             for n, row in enumerate(rows):
                 text = row.take(int(tokens_B[n]))
                 if text:

@@ -17,6 +17,8 @@ Tensor = Any
 
 
 class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped key/value heads."""
+
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         D, E = spec.hidden_size, spec.head_dim
@@ -27,9 +29,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, spec.num_kv_heads * E, spec.qkv_bias)
         self.o_proj = nn.Linear(spec.num_heads * E, D, spec.output_bias)
 
-    def qkv(
-        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every position; positions turned into the first two."""
         B, S, _ = tuple(x_BSD.shape)
         q_BSHE = ops.reshape(self.q_proj(x_BSD), (B, S, self.heads, self.size))
         k_BSKE = ops.reshape(self.k_proj(x_BSD), (B, S, self.kv_heads, self.size))
@@ -106,6 +107,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The gated feed-forward layer (SwiGLU where the activation is silu)."""
+
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         D, F = spec.hidden_size, spec.intermediate_size
@@ -122,6 +125,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each normalised first and added to its input."""
+
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         self.self_attn = Attention(spec)

@@ -40,6 +40,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
+    """Every row of a tile sees every other; all projections have biases."""
+
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         C = spec.hidden_size
@@ -61,6 +63,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The feed-forward layer."""
+
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size, True)
@@ -72,6 +76,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each normalised first and added to its input."""
+
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         self.self_attn = Attention(spec)
@@ -123,6 +129,8 @@ class PoolingHead(nn.Module):
 
 
 class VisionTransformer(nn.Module):
+    """Embeddings and encoder; `post_layernorm` and `head` are carried, LLaVA reads before them."""
+
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         self.embeddings = Embeddings(spec)

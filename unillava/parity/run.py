@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -445,7 +446,7 @@ class _Comparison:
         texts = []
         for n, row in enumerate(self.inputs.rows):
             replies = {
-                label: tuple(_piece(tokenizer, token) for token in result.tokens[n])
+                label: _pieces(tokenizer, result.tokens[n])
                 for label, result in results.items()
                 if result.tokens
             }
@@ -462,10 +463,19 @@ def _inserted(
     return (*outputs[:place], *inside, *outputs[place:])
 
 
-def _piece(tokenizer: Any, token: int) -> str:
-    """How one token reads; ids beyond the vocabulary (padding rows of the head) as numbers."""
-    text = tokenizer.convert_ids_to_tokens(token)
-    return f"[{token}]" if text is None else text
+def _pieces(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
+    """How a reply reads, token by token: what each adds to the text before it."""
+    texts = [tokenizer.decode(list(tokens[:n])) for n in range(len(tokens) + 1)]
+    return tuple(new[_common(old, new) :] for old, new in pairwise(texts))
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common beginning.
+
+    A character of several tokens is complete, and changes the text's end, only with the last.
+    """
+    pairs = zip(a, b, strict=False)
+    return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _another_number_of_threads() -> int:
