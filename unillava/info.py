@@ -166,7 +166,7 @@ def describe_language(spec: LlavaSpec) -> str:
         f"{text.kind}, {text.num_layers} blocks of width {text.hidden_size}",
         f"{text.num_heads} heads ({text.num_kv_heads} for keys)",
         f"vocabulary {text.vocab_size}" + (", tied head" if text.tie_embeddings else ""),
-        f"rope theta {rope.theta:g}",
+        f"rope theta {rope.theta:,.0f}",
     ]
     if rope.kind != "default":
         words.append(f"{rope.kind} scaling {rope.factor:g}")

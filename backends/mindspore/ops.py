@@ -210,8 +210,7 @@ def _visible(
     window: int | None,
 ) -> Tensor | None:
     """Which keys a query sees, bool [B or 1, S, T]; None: all."""
-    key_T = _positions(T)
-    query_BS1 = F.reshape(_positions(S), (1, S, 1))
+    key_T, query_BS1 = _positions(T), F.reshape(_positions(S), (1, S, 1))
     visible_BST = None
     if lengths_B is not None:
         query_BS1 = query_BS1 + F.reshape(lengths_B - S, (-1, 1, 1))

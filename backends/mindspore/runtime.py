@@ -47,51 +47,55 @@ def devices() -> list[str]:
 
 
 def supported_dtypes(device: str) -> list[str]:
-    return list(_DTYPES[_TARGETS[_split(device)[0]]])
+    return list(_DTYPES[_TARGETS[_canonical(device).split(":")[0]]])
 
 
-def _split(device: str) -> tuple[str, int]:
-    """`Ascend`, `npu:1`, `cpu` … as (kind, index), the kind in lower case."""
+def _canonical(device: str) -> str:
+    """A device by the name that `devices` gives it: `Ascend`, `npu:0` … are `ascend:0`."""
     kind, _, index = device.lower().partition(":")
-    return kind, int(index) if index.isdigit() else 0
+    target = _TARGETS.get(kind, kind)
+    return "cpu" if (target, index or "0") == ("CPU", "0") else f"{target.lower()}:{index or 0}"
 
 
 def setup(device: str, dtype: str, kernels: str = "auto") -> None:
-    kind, index = _split(device)
-    target, known = _TARGETS.get(kind), devices()
-    name = "cpu" if target == "CPU" else f"{str(target).lower()}:{index}"
+    name, known = _canonical(device), devices()
     if name not in known:
         raise BackendError(
             f"device {device!r} is not available to backend 'mindspore'",
             expected=f"one of {', '.join(known)}",
             fix="pass --device with one of these; `unillava doctor` shows what is here",
         )
-    if dtype not in _DTYPES[target]:
+    if dtype not in supported_dtypes(name):
         raise BackendError(
             f"dtype {dtype!r} is not supported by backend 'mindspore' on device {device!r}",
-            expected=f"one of {', '.join(_DTYPES[target])}",
+            expected=f"one of {', '.join(supported_dtypes(name))}",
             fix="pass --dtype with one of these",
         )
     if _STATE["device"] != name:
-        _set_device(target, index)
+        _set_device(name)
     _STATE.update(device=name, dtype=dtype, setups=_STATE["setups"] + 1)
-    ops.FUSED = target == "Ascend" and kernels == "auto"
+    ops.FUSED = name.startswith("ascend") and kernels == "auto"
     nn.DTYPE = ops.DTYPES[dtype]
 
 
-def _set_device(target: str, index: int) -> None:
+def _set_device(name: str) -> None:
+    kind, _, index = name.partition(":")
     try:
-        ms.set_device(target, None if target == "CPU" else index)
+        ms.set_device(_TARGETS[kind], int(index) if index else None)
     except RuntimeError as error:
         raise BackendError(
-            f"MindSpore does not change to {target} {index} after it has run on another device",
+            f"MindSpore cannot take device {name!r}",
             given=str(error).strip().splitlines()[0],
-            fix="start another process with this --device",
+            fix="if this process has already run on another device, start a new one",
         ) from error
-    if target == "CPU":
-        # The queue between Python and the kernels pays on an accelerator only. Without it an
-        # error surfaces at the call that made it.
+    if kind == "cpu":
+        # Eager mode's queue of kernels pays on an accelerator only. Without it small kernels run
+        # several times faster on few cores, and an error surfaces at the call that made it.
         ms.runtime.launch_blocking()
+        # Otherwise MindSpore starts 25 threads, which fight for the cores.
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(wanted) if wanted.isdigit() else os.cpu_count() or 1
+        ms.device_context.cpu.op_tuning.threads_num(max(threads, 1))
 
 
 def current() -> tuple[str | None, str]:

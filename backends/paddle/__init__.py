@@ -12,7 +12,7 @@ QUIET = {
     # Users set it for MindSpore; Paddle would print hundreds of thousands of lines with it.
     "GLOG_v": None,
     # Errors only: at the default level each compiled function prints several lines.
-    "GLOG_minloglevel": os.environ.get("GLOG_minloglevel", "2"),
+    "GLOG_minloglevel": os.environ.get("GLOG_minloglevel", "2"),  # noqa: SIM112 (glog's spelling)
 }
 """Variables while paddle is imported; None: absent."""
 

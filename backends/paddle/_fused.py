@@ -37,13 +37,15 @@ def choose(kind: str, dtype: str) -> dict[str, Callable[..., Any]]:
         try:
             error = _distance(name, kernel, dtype)
         except Exception as failure:  # a kernel that is not there fails in as many ways as it likes
-            reason = str(failure).strip().splitlines()[-1:]
-            _log.info("no fused %s on %s in %s: %s", name, kind, dtype, *reason)
+            reason = (str(failure).strip() or repr(failure)).splitlines()[-1]
+            _log.info("no fused %s on %s in %s: %s", name, kind, dtype, reason)
             continue
         if error <= TOLERANCE[dtype]:
             chosen[name] = kernel
         else:
-            _log.warning("fused %s on %s in %s is wrong by %.1e: not used", name, kind, dtype, error)
+            _log.warning(
+                "fused %s on %s in %s is wrong by %.1e: not used", name, kind, dtype, error
+            )
     return chosen
 
 

@@ -7,6 +7,7 @@ in force (`_state.fused`), it is taken; what stands here is the portable form.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,10 @@ CHUNK_ROWS = 1024
 """Most rows whose logits `linear_cross_entropy` holds at a time."""
 CHUNK_BYTES = 64 * 2**20
 """Most float32 bytes of these logits."""
+SPREAD_FROM = 2**13
+"""Entries from which on a factor is broadcast before it is multiplied."""
 IGNORED = -100
 """The target that adds nothing."""
-
 
 
 def _fused(name: str, *args: Any) -> Tensor | None:
@@ -85,7 +87,7 @@ def argmax(x: Tensor, axis: int) -> Tensor:
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # paddle.where broadcasts too, but in a traced graph by adding zeros, at ten times the cost.
     shape = functools.reduce(paddle.broadcast_shape, (condition.shape, a.shape, b.shape))
-    return paddle.where(*(_spread(x, shape) for x in (condition, a, b)))
+    return paddle.where(*(paddle.broadcast_to(x, shape) for x in (condition, a, b)))
 
 
 def _axes(axis: int | Sequence[int]) -> int | list[int]:
@@ -196,7 +198,7 @@ def _portable_attention(
     if mask_BST is not None:
         # 0 where a key is seen, -1e30 where it is not: no score outweighs that in float32.
         bias_B1ST = paddle.scale(paddle.cast(mask_BST, "float32"), 1e30, bias=-1e30).unsqueeze(1)
-        bias_BHST = _spread(bias_B1ST, [B, H, S, T])
+        bias_BHST = paddle.broadcast_to(bias_B1ST, [B, H, S, T])
         scores_BKRT = scores_BKRT + bias_BHST.reshape([B, K, H // K * S, T])
     weights_BKRT = _as(F.softmax(scores_BKRT, -1), q_BSHD.dtype)
     out_BHSD = paddle.matmul(weights_BKRT, v_BKTD).reshape([B, H, S, D])
@@ -212,8 +214,7 @@ def _mask(
     window: int | None,
 ) -> Tensor:
     """Which keys a query sees, bool [B or 1, S, T]."""
-    key_11T = _arange(T).reshape([1, 1, T])
-    query_BS1 = _arange(S).reshape([1, S, 1])
+    key_11T, query_BS1 = _arange(1, 1, T), _arange(1, S, 1)
     rules = []
     if lengths_B is not None:
         lengths_B11 = lengths_B.reshape([-1, 1, 1])
@@ -231,23 +232,38 @@ def _mask(
 
 def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
     B, S = new_BSKD.shape[:2]
-    rows_B1 = _arange(B).reshape([B, 1])
-    places_BS = start_B.reshape([B, 1]) + _arange(S).reshape([1, S])
-    rows_BS = _spread(rows_B1, [B, S])
+    rows_B1, places_BS = _arange(B, 1), start_B.reshape([B, 1]) + _arange(1, S)
     with paddle.no_grad():
+        if S > 1 and _state.device == "cpu":
+            return _scatter_rows(cache_BTKD, new_BSKD, rows_B1, places_BS)
+        rows_BS = paddle.broadcast_to(rows_B1, [B, S])
         return paddle.index_put_(cache_BTKD, (rows_BS, places_BS), new_BSKD)
 
 
-def _arange(n: int) -> Tensor:
-    """0 … n - 1 as int64. Eagerly made once: paddle.arange costs as much as ten small ops."""
+def _scatter_rows(
+    cache_BTKD: Tensor, new_BSKD: Tensor, rows_B1: Tensor, places_BS: Tensor
+) -> Tensor:
+    """What index_put_ does, which on cpu walks element by element: 30 times as long as this."""
+    B, T, K, D = cache_BTKD.shape
+    index_N = (rows_B1 * T + places_BS).reshape([-1])
+    # A traced graph forbids to write into what it takes for a view.
+    scatter = paddle.scatter_ if paddle.in_dynamic_mode() else paddle.scatter
+    flat_ND = scatter(
+        cache_BTKD.reshape([B * T, K * D]), index_N, new_BSKD.reshape([-1, K * D]), overwrite=True
+    )
+    return flat_ND.reshape([B, T, K, D])
+
+
+def _arange(*shape: int) -> Tensor:
+    """0 … n - 1 as int64, in this shape. Eagerly made once: it costs as much as ten small ops."""
     if paddle.in_dynamic_mode():
-        return _kept_arange(n, _state.device)
-    return paddle.arange(n, dtype="int64")
+        return _kept_arange(shape, _state.device)
+    return paddle.arange(math.prod(shape), dtype="int64").reshape(shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_arange(n: int, device: str) -> Tensor:
-    return paddle.arange(n, dtype="int64")
+def _kept_arange(shape: tuple[int, ...], device: str) -> Tensor:
+    return paddle.arange(math.prod(shape), dtype="int64").reshape(shape)
 
 
 def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -300,7 +316,7 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
         for part in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             hidden = hidden_ND[part]
             logits_NV = _wide(paddle.matmul(hidden, weight_VD, transpose_y=True))
-            grad_NV = _as(_logits_gradient(logits_NV, targets_N[part]) * upstream, hidden.dtype)
+            grad_NV = _as(_logits_gradient(logits_NV, targets_N[part], upstream), hidden.dtype)
             if wants_hidden:
                 grad_hidden.append(paddle.matmul(grad_NV, weight_VD))
             if wants_weight:
@@ -312,13 +328,15 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
         )
 
 
-def _logits_gradient(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """d sum(cross entropy) / d logits: softmax minus one at the target, zero in ignored rows."""
-    chances_NV = F.softmax(logits_NV, -1)
+def _logits_gradient(logits_NV: Tensor, targets_N: Tensor, upstream: Tensor) -> Tensor:
+    """`upstream` times d sum(cross entropy) / d logits.
+
+    That is softmax, minus one at the target, and zero in ignored rows.
+    """
     targets_N1 = targets_N.unsqueeze(1)
-    is_target_NV = _arange(logits_NV.shape[1]) == targets_N1
-    grad_NV = paddle.where(is_target_NV, chances_NV - 1.0, chances_NV)
-    return grad_NV * paddle.cast(targets_N1 != IGNORED, "float32")
+    is_target_NV = _arange(1, logits_NV.shape[1]) == targets_N1
+    weight_N1 = paddle.cast(targets_N1 != IGNORED, "float32") * upstream
+    return (F.softmax(logits_NV, -1) - paddle.cast(is_target_NV, "float32")) * weight_N1
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -336,9 +354,12 @@ def stop_gradient(x: Tensor) -> Tensor:
 def _spread(x: Tensor, shape: Sequence[int]) -> Tensor:
     """`x` broadcast to the shape of what it meets.
 
-    Paddle's arithmetic broadcasts by itself, on cpu over middle axes at 20 times the cost.
+    Paddle's arithmetic broadcasts by itself, but on cpu over middle axes at 20 times the cost;
+    with few numbers the additional op costs more.
     """
-    return x if tuple(x.shape) == tuple(shape) else paddle.broadcast_to(x, list(shape))
+    if math.prod(shape) < SPREAD_FROM or tuple(x.shape) == tuple(shape):
+        return x
+    return paddle.broadcast_to(x, list(shape))
 
 
 def _wide(x: Tensor) -> Tensor:

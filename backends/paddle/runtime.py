@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,11 +40,11 @@ def devices() -> list[str]:
     return [*names, "cpu"]
 
 
-@functools.cache
 def supported_dtypes(device: str) -> list[str]:
-    return [dtype for dtype in DTYPES if _multiplies(_paddle_name(device), dtype)]
+    return [dtype for dtype in DTYPES if _multiplies(_known_device(device), dtype)]
 
 
+@functools.cache
 def _multiplies(device: str, dtype: str) -> bool:
     """Whether a matrix product runs there: what no model can do without, and cpus lack in half."""
     before = paddle.device.get_device()
@@ -67,9 +69,15 @@ def setup(device: str, dtype: str, kernels: str = "auto") -> None:
         )
     kind = name.split(":")[0]
     paddle.device.set_device(name)
-    # Kernels of cpus and of custom devices copy strided views before they use them, slowly;
-    # without views the transposing kernel writes the result at once.
-    paddle.set_flags({"FLAGS_use_stride_kernel": kind == "gpu"})
+    paddle.set_flags(
+        {
+            # Kernels of cpus and of custom devices copy strided views before they use them,
+            # slowly; without views the transposing kernel writes the result at once.
+            "FLAGS_use_stride_kernel": kind == "gpu",
+            # A compiled graph of small ops runs faster in order than handed to many threads.
+            "FLAGS_enable_pir_in_executor_trace_run": kind == "cpu",
+        }
+    )
     _state.device, _state.dtype, _state.fused = name, dtype, {}
     if kernels == "auto":
         _state.fused = _fused.choose(kind, dtype)
@@ -235,7 +243,7 @@ def value_and_grad(
         learnt = [p for _, p, _ in parameters if not p.stop_gradient]
         with paddle.enable_grad():
             value = function(*args)
-            found = paddle.grad(value, learnt, allow_unused=True)
+            found = paddle.grad(value, learnt, allow_unused=True) if learnt else []
         gradients = dict(zip(map(id, learnt), found, strict=True))
         return value.item(), {
             name: _gradient(gradients.get(id(p)), p, turned) for name, p, turned in parameters
@@ -259,19 +267,43 @@ def grad_of(function: Callable[..., Tensor], *args: Tensor) -> list[np.ndarray]:
 
 
 def recompute(layer: paddle.nn.Layer) -> None:
-    # Hooks on saved tensors (not reentrant): gradients reach parameters also through
-    # paddle.grad, and keyword arguments pass. There is no dropout, so no state to restore.
-    layer.forward = functools.partial(
-        _recompute, layer.forward, use_reentrant=False, preserve_rng_state=False
-    )
+    """As the contract says, in eager mode.
+
+    Paddle has no recomputation of single layers in a compiled graph (only its automatic
+    parallelism has): there the layer runs as it is, and a warning says so.
+    """
+    forward = layer.forward
+
+    @functools.wraps(forward)
+    def again(*args: Any, **named: Any) -> Any:
+        if not paddle.in_dynamic_mode():
+            warnings.warn(
+                "Paddle's compiled graphs keep all activations: recompute works eagerly only",
+                stacklevel=2,
+            )
+            return forward(*args, **named)
+        # Hooks on saved tensors (not reentrant): gradients reach parameters also through
+        # paddle.grad, and keyword arguments pass. There is no dropout, so no state to restore.
+        return _recompute(forward, *args, use_reentrant=False, preserve_rng_state=False, **named)
+
+    layer.forward = again
+
+
+def _is_true_of_hooks(record: logging.LogRecord) -> bool:
+    """Paddle says at each call that a block of frozen inputs need not be recomputed.
+
+    That holds where parameters are frozen too; hooks serve parameters as well.
+    """
+    return "NO need to recompute" not in record.getMessage()
+
+
+logging.getLogger("paddle.distributed.fleet.utils.log_util").addFilter(_is_true_of_hooks)
 
 
 # --- observation and compilation -------------------------------------------------------------
 
 
-def watch(
-    module: paddle.nn.Layer, callback: Callable[[str, Tensor], None]
-) -> Callable[[], None]:
+def watch(module: paddle.nn.Layer, callback: Callable[[str, Tensor], None]) -> Callable[[], None]:
     def hook_for(name: str) -> Callable[..., None]:
         def hook(layer: Any, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):

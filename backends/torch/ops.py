@@ -219,10 +219,15 @@ def _mask(
 
 
 def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
-    place_BS = start_B[:, None]
-    if new_BSKD.shape[1] > 1:
-        place_BS = place_BS + torch.arange(new_BSKD.shape[1], device=start_B.device)
-    return cache_BTKD.scatter_(1, place_BS[:, :, None, None].expand_as(new_BSKD), new_BSKD)
+    B, S = new_BSKD.shape[:2]
+    places_BS = start_B[:, None]
+    if S > 1:
+        places_BS = places_BS + torch.arange(S, device=start_B.device)
+    if torch.compiler.is_compiling():
+        # The compiler writes index_put in place; for scatter it would copy the whole cache.
+        rows_B1 = torch.arange(B, device=start_B.device)[:, None]
+        return cache_BTKD.index_put_((rows_B1, places_BS), new_BSKD)
+    return cache_BTKD.scatter_(1, places_BS[:, :, None, None].expand_as(new_BSKD), new_BSKD)
 
 
 def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -53,7 +53,7 @@ def remove(directory: Path, *patterns: str) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda d: remove(d, "*"), "not a checkpoint"),
+    "empty": (lambda d: remove(d, "*"), "is empty"),
     "no config": (lambda d: remove(d, "config.json"), "config.json"),
     "config is no JSON": (lambda d: cut(d / "config.json", 100), "config.json"),
     "unknown model": (lambda d: change_config(d, "", model_type="blip"), "blip"),

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 
 from tests.real_configs import REAL_CONFIGS
 from unillava.checkpoint import open_checkpoint
+from unillava.cli.app import main
 from unillava.cli.info import parse_size
 from unillava.config import read_spec
 from unillava.data.layout import image_rows, video_rows
@@ -30,14 +28,20 @@ from unillava.memory import (
 from unillava.spec import parameter_table
 
 Tiny = Callable[..., Path]
-ROOT = Path(__file__).parents[2]
+Run = Callable[..., tuple[int, str, str]]
 
 
-def run(*arguments: str | Path, columns: int = 160) -> subprocess.CompletedProcess[str]:
-    """The command itself, in a process of its own."""
-    command = [sys.executable, "-m", "unillava", "info", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": str(columns)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(argument, …, columns=…)`: exit code, stdout and stderr of `unillava info`."""
+
+    def call(*arguments: str | Path, columns: int = 160) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as caught:
+            main(["info", *map(str, arguments)])
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return call
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -139,47 +143,47 @@ def test_the_size_of_an_image_is_width_by_height() -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_the_tables_show_every_part(tiny: Tiny) -> None:
-    result = run(tiny("llava_next_video"), "--image-size", "500x100")
-    assert result.returncode == 0, result.stderr
+def test_the_tables_show_every_part(tiny: Tiny, run: Run) -> None:
+    code, out, err = run(tiny("llava_next_video"), "--image-size", "500x100")
     pieces = ("vision", "projector", "newline", "language", "total", "500 x 100", "8 frames")
     trainings = ("stage 1: projector", "LoRA rank 128", "stage 2: everything", "float16")
     for piece in (*pieces, *trainings, "as config.json says", *ASSUMPTIONS):
-        assert piece in result.stdout
-    assert "640 x 480" not in result.stdout
-    assert result.stderr == ""
+        assert piece in out
+    assert "640 x 480" not in out
+    assert (code, err) == (0, "")
 
 
-def test_the_tables_fit_into_80_columns(tiny: Tiny) -> None:
-    lines = run(tiny("llava_next_video"), columns=80).stdout.splitlines()
-    tables = [line for line in lines if line.startswith(("│", "┃", "├"))]
+def test_the_tables_fit_into_80_columns(tiny: Tiny, run: Run) -> None:
+    _, out, _ = run(tiny("llava_next_video"), columns=80)
+    tables = [line for line in out.splitlines() if line.startswith(("│", "┃", "├"))]
     assert max(map(len, tables)) <= 80 and "…" not in "".join(tables)
 
 
-def test_json_output(tiny: Tiny) -> None:
-    result = run("--model-path", tiny(), "--json")
-    facts = json.loads(result.stdout)
+def test_json_output(tiny: Tiny, run: Run) -> None:
+    code, out, _ = run("--model-path", tiny(), "--json")
+    facts = json.loads(out)
     sizes = [(image["width"], image["height"]) for image in facts["images"]]
     assert tuple(sizes) == TYPICAL_SIZES
     assert [need["dtype"] for need in facts["inference"]] == ["float32", "float16", "bfloat16"]
     assert all(need["total"] > need["weights"] for need in facts["training"])
     assert facts["assumptions"] == list(ASSUMPTIONS) and facts["problem"] is None
+    assert code == 0
 
 
-def test_weights_that_contradict_are_shown_and_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_weights_that_contradict_are_shown_and_refused(
+    tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
     copy = Path(shutil.copytree(tiny(), tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["intermediate_size"] += 1
     (copy / "config.json").write_text(json.dumps(config))
-    result = run(copy)
-    assert result.returncode == 2
-    assert "contradict config.json" in result.stdout
-    assert "text_config.intermediate_size" in result.stderr
-    assert "Traceback" not in result.stderr
+    code, out, err = run(copy)
+    assert code == 2
+    assert "contradict config.json" in out
+    assert "text_config.intermediate_size" in err and "Traceback" not in err
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, run: Run) -> None:
     for arguments in ([tmp_path], [tmp_path / "none"], []):
-        result = run(*arguments)
-        assert result.returncode == 2 and result.stderr.startswith("error: ")
-        assert "Traceback" not in result.stderr
+        code, _, err = run(*arguments)
+        assert code == 2 and err.startswith("error: ") and "Traceback" not in err

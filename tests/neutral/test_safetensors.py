@@ -188,6 +188,25 @@ def test_only_what_was_announced_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"os.{call}", refuse)
+    with pytest.raises(CheckpointError, match=r"(?s)cannot be written.*No space left"):
+        write_shards(tmp_path, TABLE, [("a", PAIR), ("b", PAIR)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/below cannot be written"):
+        write_shards(tmp_path / "file" / "below", TABLE, [])
+
+
 def test_weights_are_not_overwritten(tmp_path: Path) -> None:
     write_shards(tmp_path, TABLE, [("a", PAIR), ("b", PAIR)])
     with pytest.raises(CheckpointError, match="already holds weights"):

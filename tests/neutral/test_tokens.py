@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conversations import HEADERS, IMAGE, VIDEO, message, say
 from tests.tokenizers_tiny import SAMPLE_TEXTS, llama3_like, llama_like, qwen_like, slow_llama
+from unillava import tiny
 from unillava.data.conversation import CheckpointTemplate, get_template, render, template_names
 from unillava.data.messages import Rendered
 from unillava.data.tokens import encode
@@ -205,6 +206,38 @@ def test_a_marker_that_the_tokenizer_swallows():
     rendered = render(get_template("vicuna_v1"), [message("user", IMAGE, "Q")], True)
     with pytest.raises(RequestError, match="did not keep every <image> as one token"):
         encode(llama_like(**UNKNOWN), rendered, twice)
+
+
+@pytest.mark.parametrize(
+    ("build", "source"),
+    [
+        (llama_like, tiny.VICUNA),
+        (lambda: llama_like(legacy=True), tiny.VICUNA),
+        (llama_like, tiny.INST),
+        (llama3_like, tiny.HEADER),
+        (qwen_like, tiny.CHATML),
+    ],
+    ids=["vicuna", "legacy vicuna", "mistral", "llama 3", "qwen"],
+)
+@given(answers=st.lists(words, min_size=1, max_size=3))
+@settings(max_examples=20, deadline=None)
+def test_ids_and_labels_equal_transformers_own(build, source, answers):
+    """transformers marks what a template puts into `{% generation %}`; we do not look at that."""
+    tokenizer, source = build(), tiny.PARTS + source
+    messages = [turn for answer in answers for turn in say("What?", answer)]
+    messages[0]["content"].insert(0, IMAGE)
+    theirs = tokenizer.apply_chat_template(
+        messages,
+        chat_template=source,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ours = encode(tokenizer, render(CheckpointTemplate(tokenizer, source), messages), SPEC)
+    # They leave the BOS to the template.
+    start = len(ours.ids) - len(theirs["input_ids"])
+    assert ours.ids.tolist() == [tokenizer.bos_token_id] * start + theirs["input_ids"]
+    assert ours.learnt.tolist() == [False] * start + [bool(m) for m in theirs["assistant_masks"]]
 
 
 # --- BOS ----------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import paddle  # noqa: E402  (after the backend, which imports it quietly)
 from backends import nn, ops  # noqa: E402
 from backends.errors import BackendError  # noqa: E402
 from backends.paddle import _fused, _state  # noqa: E402
+from unillava.models.llava import Llava  # noqa: E402
+from unillava.spec import LlavaSpec, ProjectorSpec, TextSpec, VideoSpec, VisionSpec  # noqa: E402
 
 WIDTH, HEADS, KV_HEADS, SIZE, VOCABULARY = 16, 4, 2, 4, 23
 TOLERANCE = 1e-5
@@ -46,7 +48,9 @@ class Block(nn.Module):
         v = ops.reshape(self.v(h), (B, S, KV_HEADS, SIZE))
         lengths = None
         if cache is not None:
-            k, v = (ops.cache_update(old, new, start) for old, new in zip(cache, (k, v)))
+            k, v = (
+                ops.cache_update(old, new, start) for old, new in zip(cache, (k, v), strict=True)
+            )
             lengths = start + S
         a = ops.attention(
             q, k, v, scale=0.5, causal=True, segment_ids_BS=segments, lengths_B=lengths
@@ -73,7 +77,7 @@ class Decoder(nn.Module):
     def decode(self, ids, cos, sin, caches, start):
         x = self.embed(ids)
         new = []
-        for layer, cache in zip(self.layers, caches):
+        for layer, cache in zip(self.layers, caches, strict=True):
             x, kept = layer(x, cos, sin, cache=cache, start=start)
             new.append(kept)
         return self.head(x[:, -1]), tuple(new)
@@ -144,9 +148,23 @@ def test_recompute_compiled_and_eager():
     for layer in model.layers:
         RUNTIME.recompute(layer)
     same_gradients(RUNTIME.value_and_grad(model.loss, model)(*arguments), expected)
-    same_gradients(
-        RUNTIME.value_and_grad(RUNTIME.compile(model.loss), model)(*arguments), expected
-    )
+    compiled = RUNTIME.compile(model.loss)
+    with pytest.warns(UserWarning, match="recompute works eagerly only"):
+        same_gradients(RUNTIME.value_and_grad(compiled, model)(*arguments), expected)
+
+
+def test_recompute_runs_a_block_again(capfd):
+    """Also where only parameters, not inputs, are learnt, and without a word about it."""
+    model, arguments, runs = decoder(), batch(), []
+    model.embed.weight.stop_gradient = True
+    inner = model.layers[0].gate
+    inner.register_forward_post_hook(lambda *_: runs.append(1))
+    RUNTIME.value_and_grad(model.loss, model)(*arguments)
+    assert len(runs) == 1
+    RUNTIME.recompute(model.layers[0])
+    RUNTIME.value_and_grad(model.loss, model)(*arguments)
+    assert len(runs) == 3
+    assert capfd.readouterr() == ("", "")
 
 
 def test_frozen_parameters_get_zeros_and_cost_the_others_nothing():
@@ -157,6 +175,11 @@ def test_frozen_parameters_get_zeros_and_cost_the_others_nothing():
         _, found = RUNTIME.value_and_grad(function, model)(*arguments)
         assert not found["head.weight"].any()
         close(found["embed.weight"], expected["embed.weight"])
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    value, found = RUNTIME.value_and_grad(model.loss, model)(*arguments)
+    assert value > 0
+    assert not any(gradient.any() for gradient in found.values())
 
 
 def test_linear_cross_entropy_holds_one_chunk_of_logits(monkeypatch):
@@ -201,6 +224,44 @@ def test_decoding_compiled():
     close(decoded(RUNTIME.compile(model.decode)), decoded(model.decode))
 
 
+def whole_model():
+    vision = VisionSpec("siglip", 24, 40, 2, 3, 20, 4, "gelu_pytorch_tanh", 1e-6)
+    text = TextSpec(
+        "qwen2", 31, 32, 48, 2, 4, 2, 8, "silu", 1e-5, 64, tie_embeddings=True, qkv_bias=True
+    )
+    video = VideoSpec("bilinear", 2, "after_projector")
+    spec = LlavaSpec(
+        "llava_next_video", vision, text, ProjectorSpec(2, 24, 32), has_newline=True, video=video
+    )
+    return filled(RUNTIME.build(lambda: Llava(spec)))
+
+
+def test_the_whole_model_compiled():
+    """Image, video, merge, decoder, tied head: loss and every gradient."""
+    model, rng = whole_model(), np.random.default_rng(5)
+    rows = 2 * 12 + 25 + 9 + 1  # text, one tile, one pooled frame, newline
+    integers = [
+        rng.integers(0, 31, (2, 12)),
+        np.stack([rng.permutation(rows)[:12] for _ in range(2)]),
+        np.tile(np.arange(12), (2, 1)),
+        np.repeat([[1, 2], [1, 0]], 6, axis=1),
+        rng.permutation(24)[:7],
+        rng.integers(0, 31, 7),
+    ]
+    pixels, frames = (RUNTIME.tensor(rng.standard_normal((1, 3, 20, 20))) for _ in range(2))
+    ids, merge_index, positions, segments, target_index, targets = map(RUNTIME.tensor, integers)
+    cos, sin = (RUNTIME.tensor32(f(rng.standard_normal((12, 8)))) for f in (np.cos, np.sin))
+
+    def loss(ids, merge_index, positions, segments, target_index, targets, pixels, frames):
+        hidden = model(ids, merge_index, positions, cos, sin, segments, pixels, frames)
+        return model.loss(hidden, target_index, targets)
+
+    arguments = (ids, merge_index, positions, segments, target_index, targets, pixels, frames)
+    expected = RUNTIME.value_and_grad(loss, model)(*arguments)
+    same_gradients(RUNTIME.value_and_grad(RUNTIME.compile(loss), model)(*arguments), expected)
+    assert any(g.any() for name, g in expected[1].items() if name.startswith("vision_tower"))
+
+
 def test_a_compiled_function_follows_its_weights_and_its_shapes():
     model = decoder()
     compiled = RUNTIME.compile(lambda ids: model.head(model.embed(ids)))
@@ -230,6 +291,25 @@ def test_building_takes_no_memory():
     """A matrix of 4 TiB is built, named and measured, only not assigned."""
     layer = RUNTIME.build(lambda: nn.Linear(2**20, 2**20, False))
     assert RUNTIME.parameter_shapes(layer) == {"weight": (2**20, 2**20)}
+
+
+def test_parameters_in_bfloat16(monkeypatch):
+    """No cpu computes in it, but it stores it: rounded to nearest even, turned, read as float32."""
+    monkeypatch.setattr(_state, "dtype", "bfloat16")
+    layer = RUNTIME.build(lambda: nn.Linear(4, 2, True))
+    weight = np.arange(8, dtype=np.float32).reshape(2, 4) / 3
+    upper = weight.view(np.uint32) >> 16
+    odd, rest = upper & 1, weight.view(np.uint32) & 0xFFFF
+    nearest = (upper + (rest + odd > 0x8000)).astype(np.uint32) << 16
+    for given, bits, expected in (
+        (weight, False, nearest),
+        (weight.astype(np.float64), False, nearest),
+        (upper.astype(np.uint16), True, upper << 16),
+    ):
+        RUNTIME.assign(layer, "weight", given, bfloat16=bits)
+        assert layer.weight.dtype == paddle.bfloat16
+        assert tuple(layer.weight.shape) == (4, 2)
+        np.testing.assert_array_equal(RUNTIME.fetch(layer, "weight"), expected.view(np.float32))
 
 
 def test_assign_refuses_a_wrong_shape():

@@ -139,7 +139,7 @@ def _print_training(console: Console, info: Info) -> None:
 
     # One column for each kind, so that the table fits into a terminal of 80 columns.
     table = Table("training", *_right(*(need.kind for need in info.training)))
-    table.add_row("trained", *(f"{need.trained:,}" for need in info.training))
+    table.add_row("trained", *(_count(need.trained) for need in info.training))
     for name in ("weights", "gradients", "moments", "master", "activations"):
         table.add_row(name, *(_size(getattr(need, name)) for need in info.training))
     table.add_section()
@@ -151,6 +151,11 @@ def _right(*names: str) -> list:
     from rich.table import Column
 
     return [Column(name, justify="right") for name in names]
+
+
+def _count(number: int) -> str:
+    """Parameters in billions, fewer in millions."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _size(count: int) -> str:

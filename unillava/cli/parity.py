@@ -23,13 +23,16 @@ def _parity(
     model_path: flags.ModelPath = None,
     backends: Annotated[
         str | None,
-        typer.Option(help="Which to compare, separated by commas. Default: all installed."),
+        typer.Option(
+            help="Which to compare, separated by commas: torch, mindspore, paddle, or NAME@DEVICE. "
+            "Default: all installed."
+        ),
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="What they are compared with: a backend, or transformers (its own model). "
-            "Default: the first of --backends."
+            help="What they are compared with: a backend, or transformers (its own model on "
+            "torch), or either @DEVICE. Default: the first of --backends."
         ),
     ] = None,
     image: Annotated[

@@ -64,7 +64,7 @@ def encode(tokenizer: Any, rendered: Rendered, spec: LlavaSpec) -> Encoded:
     learnt = np.zeros(len(rendered.text), bool)
     for start, end in rendered.spans:
         learnt[start:end] = True
-    cuts = _cuts(rendered, tokenizer)
+    cuts = _cuts(rendered, tokenizer, added)
     pieces: list[Encoded] = []
     start = 0
     for place, marker in [*_unknown_markers(rendered, added), (len(rendered.text), "")]:
@@ -136,9 +136,8 @@ def _with_bos(tokenizer: Any, encoded: Encoded) -> Encoded:
     return Encoded(np.insert(encoded.ids, 0, bos), np.insert(encoded.learnt, 0, False))
 
 
-def _cuts(rendered: Rendered, tokenizer: Any) -> dict[int, str]:
+def _cuts(rendered: Rendered, tokenizer: Any, added: dict[str, int]) -> dict[int, str]:
     """Place -> control string: literals that spell it are cut there, after its first character."""
-    added = tokenizer.get_added_vocab()
     spelt = occurrences(rendered.text, control_strings(tokenizer))
     return {
         start + 1: string

@@ -35,10 +35,11 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._skipped = _special_ids(tokenizer)
-        # Only the newest tokens are decoded again: those from `window` on, of which the first
-        # `sent` have become text already. They are the context that decides about spaces.
+        # Only the newest tokens are decoded again. The first `sent` of them have become text
+        # already, `known`; they are the context that decides about spaces.
         self._window: list[int] = []
         self._sent = 0
+        self._known = ""
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while it is not certain."""
@@ -48,22 +49,22 @@ class IncrementalDecoder:
         if BYTE_PIECE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
             # A run of bytes is decoded as a whole, and one wrong byte spoils all of it.
             return ""
-        if decode(self._tokenizer, self._window).endswith(REPLACEMENT):
-            return ""
-        return self._advance()
+        text = decode(self._tokenizer, self._window)
+        return "" if text.endswith(REPLACEMENT) else self._send(text)
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
-        return self._advance()
+        return self._send(decode(self._tokenizer, self._window))
 
-    def _advance(self) -> str:
-        before = decode(self._tokenizer, self._window[: self._sent])
-        text = decode(self._tokenizer, self._window)[len(before) :]
-        if text.strip():
+    def _send(self, text: str) -> str:
+        """What the text of the window has beyond the known."""
+        new = text[len(self._known) :]
+        if new.strip():
             # What was context is not needed any more; the new text is enough of it.
             del self._window[: self._sent]
-        self._sent = len(self._window)
-        return text
+            text = decode(self._tokenizer, self._window)
+        self._sent, self._known = len(self._window), text
+        return new
 
 
 class StopChecker:

@@ -512,7 +512,7 @@ _ABSOLUTE = "absolute: depends on how large the model's numbers are"
 
 def rules(tolerance: float) -> tuple[Rule, ...]:
     """Every bar, our own first; `tolerance` is that of our own."""
-    ours, bar = "unillava", f"≤ {tolerance:g}"
+    ours, bar = "unillava", f"≤ {short(tolerance)}"
     relative = "largest difference / tensor's largest value"
     return (
         Rule(
@@ -591,6 +591,11 @@ def _apply(rule: Rule, facts: Facts | None) -> tuple[float | bool | None, bool |
 def passes(judgements: Iterable[Judgement]) -> bool:
     """The verdict: no deciding bar is failed."""
     return all(j.passed is not False for j in judgements if j.rule.decides)
+
+
+def short(value: float) -> str:
+    """Two digits: 0.013, 1.3e-6."""
+    return re.sub(r"e([+-])0+", r"e\1", f"{value:.2g}").replace("e+", "e")
 
 
 def or_null(value: Any) -> Any:

@@ -177,9 +177,10 @@ def block_names(spec: LlavaSpec) -> list[str]:
 
 
 def names_inside(spec: LlavaSpec, layer: str) -> list[str]:
-    """A layer and every module in it; for a layer with its phase, `…layers.3@video`, too."""
-    layer = layer.partition("@")[0]
-    return [n for n in module_names(spec) if n == layer or n.startswith(f"{layer}.")]
+    """The modules inside one of `block_names`."""
+    if layer == "vision_tower":
+        return []  # beside other blocks it has the choice of rows alone, which no module makes
+    return [name for name in module_names(spec) if name.startswith(f"{layer}.")]
 
 
 def output_bytes(spec: LlavaSpec, names: Sequence[str], vision_rows: int, text_rows: int) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from unillava.parity.compare import short
+
 TOP, RIGHT, BOTTOM, LEFT = 14, 10, 40, 46
 """Margins in pixels."""
 LETTER = 5.6
@@ -151,7 +153,7 @@ def _tolerance(plot: Plot, scale: _Scale) -> list[str]:
     return [
         f'<line class="bar" x1="{scale.left}" x2="{scale.right}" y1="{y}" y2="{y}"/>',
         f'<text class="bar-label" x="{scale.left + 4}" y="{y - 4}">'
-        f"tolerance {plot.tolerance:g}</text>",
+        f"tolerance {short(plot.tolerance)}</text>",
     ]
 
 
@@ -165,7 +167,7 @@ def _marks(plot: Plot, scale: _Scale, series: Series, number: int) -> list[str]:
         over = " over" if not value <= plot.tolerance else ""
         if name in plot.marked and over:
             shapes.append(f'<circle class="ring" cx="{x}" cy="{y}" r="7"/>')
-        told = f"{series.label}: {name}  {value:.2g}"
+        told = f"{series.label}: {name}  {short(value)}"
         shapes.append(
             f'<path class="s{number}{over}" d="{mark(number, x, y)}">'
             f"<title>{escape(told)}</title></path>"

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -28,6 +29,7 @@ from unillava.parity.compare import (
     Judgement,
     or_null,
     part_of_tensor,
+    short,
     worst,
     worst_by_part,
 )
@@ -55,7 +57,7 @@ def number(value: float | bool | None) -> str:
         return "NaN"
     if math.isinf(value):
         return "not finite"
-    return "0" if value == 0 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.4g}"
+    return short(value) if abs(value) < 0.1 or abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def size(count: int) -> str:
@@ -72,13 +74,10 @@ def findings(candidate: Candidate, report: Report) -> list[str]:
     if candidate.passed:
         return [_agreement(candidate, report)]
     told = [*_output_findings(candidate, report)]
-    loss = abs(candidate.run.loss - report.reference_result.runs[0].loss)
     failed = {j.rule.fact for j in candidate.judgements if j.rule.decides and j.passed is False}
     if "loss_relative" in failed:
-        told.append(
-            f"The loss is {candidate.run.loss:.6g}, the reference's "
-            f"{report.reference_result.runs[0].loss:.6g}: {number(loss)} apart."
-        )
+        loss, wanted = candidate.run.loss, report.reference_result.runs[0].loss
+        told.append(f"The loss is {loss:.7g} instead of {wanted:.7g}.")
     if "gradients_relative" in failed:
         told.append(_gradient_finding(candidate, report))
     if candidate.mismatch is not None:
@@ -98,7 +97,7 @@ def _agreement(candidate: Candidate, report: Report) -> str:
     compared = f"; the reference against itself: outputs {number(noise)}" if noise else ""
     return (
         f"{candidate.label} computes what {report.reference} computes: {', '.join(told)} "
-        f"(bar {report.tolerance:g}{compared})."
+        f"(bar {short(report.tolerance)}{compared})."
     )
 
 
@@ -111,7 +110,7 @@ def _output_findings(candidate: Candidate, report: Report) -> Iterable[str]:
     yield (
         f"{candidate.label} parts from {report.reference} at {found.name}{layer}: "
         f"{number(found.relative)} of the tensor's largest value, the bar is "
-        f"{report.tolerance:g}. Computed there: {found.step}."
+        f"{short(report.tolerance)}. Computed there: {found.step}."
     )
     if found.before is not None:
         yield f"Up to {found.before} every output is within the bar."
@@ -131,11 +130,14 @@ def _output_findings(candidate: Candidate, report: Report) -> Iterable[str]:
 def _gradient_finding(candidate: Candidate, report: Report) -> str:
     over = [d for d in candidate.run.gradients if not d.relative <= report.tolerance]
     first = over[-1]  # gradients are computed from the end of the model to its beginning
+    count = f"{len(over)} of {len(candidate.run.gradients)} gradients are over the bar"
+    if candidate.divergence is not None:
+        return f"{count}, which may follow from the outputs."
     noise = report.gradient_noise.get(first.name)
     compared = "" if noise is None else f"; the reference against itself: {number(noise)}"
     return (
-        f"{len(over)} of {len(candidate.run.gradients)} gradients are over the bar. The first in "
-        f"the backward pass is that of {first.name}: {number(first.relative)}{compared}."
+        f"{count}. The first in the backward pass is that of {first.name}: "
+        f"{number(first.relative)}{compared}."
     )
 
 
@@ -158,7 +160,7 @@ def absolute_note(report: Report) -> str:
     return (
         "Absolute bars depend on how large a model's numbers are. Here logits reach "
         f"{outputs['logits'].scale:.3g}, and float32 numbers next to the loss of {loss:.4g} are "
-        f"{spacing:.1g} apart. The column “against itself” shows what the same bar says about "
+        f"{number(spacing)} apart. The column “against itself” shows what the same bar says about "
         "the reference's own repeats. The verdict rests on the bars of unillava alone."
     )
 
@@ -193,8 +195,9 @@ def terminal(report: Report) -> RenderableType:
             table.add_row(label, *cells, *([number(judged[0].noise)] * bool(noise)))
     lines = []
     for candidate in report.candidates:
-        lines.append(_coloured("PASS" if candidate.passed else "FAIL", candidate.passed))
-        lines[-1] += " " + escape(" ".join(findings(candidate, report)))
+        first, *others = map(escape, findings(candidate, report))
+        badge = _coloured("PASS" if candidate.passed else "FAIL", candidate.passed)
+        lines += [f"{badge} {first}", *(f"     {line}" for line in others)]
     return Group(table, *lines, "", _official(report))
 
 
@@ -315,7 +318,14 @@ def to_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, size=size, breakable=breakable)
+    environment.filters.update(
+        number=lambda value: unbroken(number(value)),
+        unbroken=unbroken,
+        measured=measured,
+        prose=prose,
+        size=size,
+        breakable=breakable,
+    )
     now = datetime.now(timezone.utc)
     return environment.get_template("report.html").render(
         report=report,
@@ -339,9 +349,31 @@ def to_html(report: Report) -> str:
     )
 
 
+def prose(text: str) -> Markup:
+    """A sentence in which names of modules may be broken and exponents may not."""
+    words = [
+        Markup('<span class="name">{}</span>').format(breakable(word)) if "_" in word else word
+        for word in unbroken(text).split(" ")
+    ]
+    return Markup(" ").join(words)
+
+
+def measured(judgement: Judgement, of: str = "measured") -> str:
+    """A judgement's number; cosines as their distance from 1."""
+    value = getattr(judgement, of)
+    if judgement.rule.fact == "outputs_cosine" and value is not None and 0.99 < value < 1:
+        return unbroken(f"1 \N{MINUS SIGN} {short(1 - value)}")
+    return unbroken(number(value))
+
+
 def breakable(name: str) -> Markup:
     """A dotted name that may be broken behind its dots."""
     return Markup(".<wbr>").join(name.split("."))
+
+
+def unbroken(text: str) -> str:
+    """Exponents with a minus sign, at which no line is broken."""
+    return re.sub(r"(?<=\de)-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def unused(report: Report) -> int:

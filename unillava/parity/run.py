@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -36,7 +36,6 @@ from unillava.parity.compare import (
     first_divergence,
     first_mismatch,
     judge,
-    layer_of,
     noise_band,
     passes,
     worst_facts,
@@ -67,9 +66,9 @@ class Settings:
 
     checkpoint: str
     backends: tuple[str, ...] = ()
-    """Empty: all that are installed."""
+    """Names, or `name@device`. Empty: all that are installed."""
     reference: str | None = None
-    """A backend or `transformers`; None: the first of `backends`."""
+    """A backend or `transformers`, or either `@device`; None: the first of `backends`."""
     images: tuple[str, ...] = ()
     videos: tuple[str, ...] = ()
     prompt: str | None = None
@@ -189,11 +188,12 @@ def run_parity(settings: Settings, progress: Progress = lambda *_: None) -> Repo
 
 @dataclass(frozen=True)
 class _Participant:
-    """One computation: its name in the report, what runs it, and from which files."""
+    """One computation: its name in the report, what runs it where, and from which files."""
 
     label: str
-    engine: str
+    engine: Literal["native", "transformers"]
     backend: str
+    device: str | None
     checkpoint: Path
 
 
@@ -210,14 +210,14 @@ def _check(settings: Settings) -> None:
         raise ParityError("--max-new-tokens cannot be negative", given=settings.new_tokens)
     if settings.tolerance is not None and not settings.tolerance > 0:
         raise ParityError("--tolerance must be larger than 0", given=settings.tolerance)
-    known = set(backends.PACKAGES)
     named = [*settings.backends, *settings.overrides, *(key for key in settings.devices if key)]
-    if settings.reference not in (None, TRANSFORMERS):
+    if settings.reference is not None and settings.reference.split("@")[0] != TRANSFORMERS:
         named.append(settings.reference)
     for name in named:
-        if name not in known:
+        if name.split("@")[0] not in backends.PACKAGES:
             raise ParityError(
-                f"unknown backend {name!r}", expected=f"one of {', '.join(backends.PACKAGES)}"
+                f"unknown backend {name!r}",
+                expected=f"one of {', '.join(backends.PACKAGES)}, or one of them @device",
             )
 
 
@@ -227,34 +227,44 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> _Plan:
     # An override of a backend that is the reference too adds it as a candidate.
     chosen += [name for name in settings.overrides if name not in chosen]
     reference = settings.reference or next(iter(chosen), "torch")
-    if reference == TRANSFORMERS:
-        reason = why_not_transformers(checkpoint.spec)
-        if reason:
-            raise ParityError(
-                "transformers' own models cannot express this checkpoint",
-                given=reason,
-                fix="compare backends with one another: leave --reference out",
-            )
-        base = _Participant(TRANSFORMERS, TRANSFORMERS, "torch", checkpoint.directory)
-    else:
-        base = _Participant(reference, "native", reference, checkpoint.directory)
     candidates = []
-    for name in chosen:
-        own = settings.overrides.get(name)
-        if name == reference and own is None:
-            continue
-        directory = checkpoint.directory if own is None else _same_shapes(own, checkpoint)
-        label = name if own is None else f"{name} (override)"
-        candidates.append(_Participant(label, "native", name, directory))
+    for text in chosen:
+        own = settings.overrides.get(text)
+        if own is not None:
+            directory = _same_shapes(own, checkpoint)
+            candidates.append(_participant(settings, text, directory, " (override)"))
+        elif text != reference:
+            candidates.append(_participant(settings, text, checkpoint.directory))
     if not candidates:
         raise ParityError(
             "there is nothing to compare the reference with",
             given=f"reference {reference}; installed: {', '.join(backends.installed()) or 'none'}",
             expected="two backends, or one and --reference transformers",
-            fix="install another backend, name it with --backends, or compare two checkpoints on "
-            f"one backend with --override {base.backend}=DIR",
+            fix="install another backend, name it with --backends, or compare on one backend: two "
+            "checkpoints with --override, two devices with --backends NAME@DEVICE",
+        )
+    base = _participant(settings, reference, checkpoint.directory)
+    reason = why_not_transformers(checkpoint.spec) if base.engine == TRANSFORMERS else None
+    if reason is not None:
+        raise ParityError(
+            "transformers' own models cannot express this checkpoint",
+            given=reason,
+            fix="compare backends with one another: leave --reference out",
         )
     return _Plan(base, tuple(candidates))
+
+
+def _participant(settings: Settings, text: str, directory: Path, note: str = "") -> _Participant:
+    """`text` is a name, or `name@device`."""
+    name, _, device = text.partition("@")
+    backend = "torch" if name == TRANSFORMERS else name
+    return _Participant(
+        label=text + note,
+        engine=TRANSFORMERS if name == TRANSFORMERS else "native",
+        backend=backend,
+        device=device or settings.devices.get(backend, settings.devices.get("")),
+        checkpoint=directory,
+    )
 
 
 def _same_shapes(directory: str, checkpoint: Checkpoint) -> Path:
@@ -357,12 +367,11 @@ class _Comparison:
         threads: int | None = None,
     ) -> Result:
         """One process."""
-        devices = self.settings.devices
         job = Job(
             label=participant.label,
             engine=participant.engine,
             backend=participant.backend,
-            device=devices.get(participant.backend, devices.get("")),
+            device=participant.device,
             dtype=self.dtype,
             checkpoint=str(participant.checkpoint),
             inputs=str(self.scratch / "inputs"),
@@ -406,8 +415,8 @@ class _Comparison:
         result = self._run(participant)
         run, divergence = result.runs[0], self._divergence(result.runs[0].outputs)
         if divergence is not None and not self.everything:
-            inside = self._look_inside(participant, divergence.layer)
-            run = replace(run, outputs=_inserted(run.outputs, inside))
+            inside = self._look_inside(participant, divergence.name)
+            run = replace(run, outputs=_inserted(run.outputs, inside, divergence.name))
             divergence = self._divergence(run.outputs)
         mismatch = first_mismatch(reference.tokens, result.tokens, reference.gaps)
         equal = None if self.settings.new_tokens == 0 else mismatch is None
@@ -428,15 +437,21 @@ class _Comparison:
 
     def _look_inside(self, participant: _Participant, layer: str) -> tuple[Difference, ...]:
         """The second pass: every output inside one layer, forward only."""
-        watch = tuple(names_inside(self.checkpoint.spec, layer))
-        store = f"inside-{layer.partition('@')[0]}"
+        module, _, phase = layer.partition("@")
+        watch = tuple(names_inside(self.checkpoint.spec, module))
+        if not watch:
+            return ()
+        store = f"inside-{module}"
         shared = {"store": store, "watch": watch, "forward_only": True}
         if not (self.scratch / store).exists():
             reference = self.plan.reference
-            self._run(reference, note=f" (inside {layer})", fills_store=True, **shared)
-        found = self._run(participant, note=f" (inside {layer})", **shared).runs[0]
-        names = set(watch) - {layer.partition("@")[0]}
-        return tuple(d for d in found.outputs if d.name.partition("@")[0] in names)
+            self._run(reference, note=f" (reference, {module})", fills_store=True, **shared)
+        found = self._run(participant, note=f" ({module})", **shared).runs[0]
+        return tuple(
+            d
+            for d in found.outputs
+            if d.name.partition("@")[0] in watch and d.name.partition("@")[2] == phase
+        )
 
     def _row_texts(
         self, tokenizer: Any, reference: Result, candidates: Sequence[Candidate]
@@ -456,10 +471,10 @@ class _Comparison:
 
 
 def _inserted(
-    outputs: Sequence[Difference], inside: Sequence[Difference]
+    outputs: Sequence[Difference], inside: Sequence[Difference], layer: str
 ) -> tuple[Difference, ...]:
     """The outputs of a layer's modules put before the layer's own."""
-    place = next(n for n, d in enumerate(outputs) if d.name == layer_of(inside[0].name))
+    place = next(n for n, d in enumerate(outputs) if d.name == layer)
     return (*outputs[:place], *inside, *outputs[place:])
 
 

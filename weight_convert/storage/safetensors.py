@@ -12,6 +12,7 @@ everything is on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -352,7 +353,8 @@ class ShardWriter:
         self._shards = _name_shards(_plan_shards(self.table, max_shard_bytes))
 
     def __enter__(self) -> ShardWriter:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._naming_faults():
+            self.directory.mkdir(parents=True, exist_ok=True)
         held = [f for f in (SINGLE_FILE, INDEX_FILE) if (self.directory / f).exists()]
         if held:
             raise CheckpointError(
@@ -360,6 +362,16 @@ class ShardWriter:
                 given=", ".join(held),
                 fix="name another directory, or remove them first",
             )
+        try:
+            with self._naming_faults():
+                self._begin()
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Write the headers: from now on every tensor has its place."""
         for shard, names in self._shards.items():
             file = self._temporary(shard).open("wb")
             self._files[shard] = file
@@ -367,13 +379,12 @@ class ShardWriter:
             file.write(header)
             for name, offset in offsets.items():
                 self._places[name] = (file, len(header) + offset)
-        return self
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Put one tensor where the table says; bfloat16 comes as uint16.
 
-        Raises CheckpointError if the name is not in the table or was written before, or if the
-        array's dtype or shape is not the table's.
+        Raises CheckpointError if the name is not in the table or was written before, if the
+        array's dtype or shape is not the table's, or if the disk refuses (full, read-only).
         """
         if name not in self.table or name in self._written:
             fault = "was written before" if name in self._written else "is not in the table"
@@ -387,8 +398,9 @@ class ShardWriter:
                 expected=f"{dtype} {tuple(shape)}",
             )
         file, position = self._places[name]
-        file.seek(position)
-        file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
+        with self._naming_faults():
+            file.seek(position)
+            file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
         self._written.add(name)
 
     def __exit__(
@@ -399,11 +411,27 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                self._finish()
+                with self._naming_faults():
+                    self._finish()
         finally:
-            for shard, file in self._files.items():
+            self._discard()
+
+    def _discard(self) -> None:
+        """Close everything and remove what has no final name."""
+        for shard, file in self._files.items():
+            with contextlib.suppress(OSError):  # the disk may be full: nothing is to be kept
                 file.close()
-                self._temporary(shard).unlink(missing_ok=True)
+            self._temporary(shard).unlink(missing_ok=True)
+        self._temporary(INDEX_FILE).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _naming_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory} cannot be written", given=error.strerror
+            ) from error
 
     def _finish(self) -> None:
         absent = [name for name in self.table if name not in self._written]
@@ -479,7 +507,7 @@ def _build_header(table: Table) -> tuple[bytes, dict[str, int]]:
     Wide dtypes come first and names are sorted, as in the library's own files, which keeps
     every tensor aligned to its own item size.
     """
-    order = sorted(table, key=lambda name: (_LAYOUT_RANK[table[name][0]], name.encode()))
+    order = sorted(table, key=lambda name: (_LAYOUT_RANK[table[name][0]], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, position = {}, 0
     for name in order:
