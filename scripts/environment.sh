@@ -35,7 +35,7 @@ find_python() {
 
 # What an installation depends on: these files, and where the tree lies (it is editable).
 fingerprint() {
-    { cat constraints.txt setup.py pyproject.toml; echo "$ROOT"; } | cksum
+    { cat constraints.txt setup.py; echo "$ROOT"; } | cksum
 }
 
 set_up() {

@@ -29,6 +29,7 @@ def load(
     template: str | None = None,
     compile: bool = False,
     kernels: str | None = None,
+    num_frames: int = 8,
 ) -> Model:
     """Open a checkpoint and make it ready to chat.
 
@@ -42,6 +43,7 @@ def load(
         template: conversation template by name; None: chosen from the checkpoint's content.
         compile: use the framework's compiler; gives the same tokens.
         kernels: auto (fused where possible) or portable; None: UNILLAVA_KERNELS, else auto.
+        num_frames: frames taken from a video, evenly spread from the first to the last.
 
     Raises:
         UnillavaError: what is wrong with the checkpoint, the backend or the options.
@@ -56,4 +58,5 @@ def load(
         template=template,
         compiled=compile,
         kernels=kernels,
+        num_frames=num_frames,
     )

@@ -24,12 +24,13 @@ def load_model(
     template: str | None = None,
     compiled: bool = False,
     kernels: str | None = None,
+    num_frames: int = 8,
 ) -> Model:
     """See `unillava.load`. What is cheap to check is checked before the weights are read."""
     checkpoint = open_checkpoint(path)
     checkpoint.check()
     choose_backend(checkpoint, backend=backend, dtype=dtype, device=device, kernels=kernels)
-    pipeline = load_pipeline(checkpoint, template=template)
+    pipeline = load_pipeline(checkpoint, template=template, num_frames=num_frames)
     from unillava.inference.model import Model
 
     return Model(checkpoint, load_network(checkpoint), pipeline, compiled=compiled)
@@ -71,7 +72,9 @@ def load_network(checkpoint: Checkpoint) -> Any:
     return network
 
 
-def load_pipeline(checkpoint: Checkpoint, *, template: str | None = None) -> Pipeline:
+def load_pipeline(
+    checkpoint: Checkpoint, *, template: str | None = None, num_frames: int = 8
+) -> Pipeline:
     """The framework-neutral half: tokenizer, template and image processor."""
     if backends.NAME != "torch":
         import_transformers_light()
@@ -82,4 +85,5 @@ def load_pipeline(checkpoint: Checkpoint, *, template: str | None = None) -> Pip
         tokenizer=tokenizer,
         template=choose_template(spec, tokenizer, checkpoint.chat_template, template),
         images=ImageProcessor.from_config(spec, checkpoint.processor_config),
+        num_frames=num_frames,
     )

@@ -29,13 +29,17 @@ DTYPES = {
 FUSED = False
 """The one switch between Ascend's kernels and the portable form; set by runtime.setup."""
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Float32 logits that `linear_cross_entropy` holds at a time."""
 
 LOWEST = -3.0e38
 """Score of a key that a query must not see: its weight underflows to exactly 0."""
 
-# Multiplies by the transposed matrix as it lies. F.dense and F.matmul copy it first on CPU.
+# On CPU MindSpore broadcasts two operands of different shape 10 to 20 times slower than it adds
+# or multiplies equal ones, and copies a transposed view as slowly. The forms below avoid both
+# where tensors are large.
+_add_row = F.BiasAdd()
+_outer = F.MatMul()
 _times_transposed = F.MatMul(transpose_b=True)
 _transposed_times = F.MatMul(transpose_a=True)
 _scores = F.BatchMatMul(transpose_b=True)
@@ -111,7 +115,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         return ascend.linear(x, weight_OI, bias_O)
     y_NO = _times_transposed(F.reshape(x, (-1, x.shape[-1])), weight_OI)
     if bias_O is not None:
-        y_NO = y_NO + bias_O
+        y_NO = _add_row(y_NO, bias_O)
     return F.reshape(y_NO, x.shape[:-1] + (weight_OI.shape[0],))
 
 
@@ -156,8 +160,12 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if FUSED:
         return ascend.rms_norm(x, weight_D, eps)
     wide = F.cast(x, ms.float32)
-    wide = wide * F.rsqrt(F.mean(F.square(wide), -1, True) + eps)
-    return F.cast(wide, x.dtype) * weight_D
+    inverse = F.rsqrt(F.mean(F.square(wide), -1, True) + eps)
+    if x.dtype == ms.float32:
+        D = x.shape[-1]
+        scale_ND = _outer(F.reshape(inverse, (-1, 1)), F.reshape(weight_D, (1, D)))
+        return x * F.reshape(scale_ND, x.shape)
+    return F.cast(wide * inverse, x.dtype) * weight_D
 
 
 # --- transformer ops -------------------------------------------------------------------------
@@ -168,9 +176,18 @@ def rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     sin_BS1D = F.cast(F.expand_dims(sin_BSD, 2), x_BSHD.dtype)
     if FUSED:
         return ascend.rotary(x_BSHD, cos_BS1D, sin_BS1D)
-    first, second = F.chunk(x_BSHD, 2, -1)
-    turned_BSHD = F.cat((-second, first), -1)
-    return x_BSHD * cos_BS1D + turned_BSHD * sin_BS1D
+    B, S, H, D = x_BSHD.shape
+    turned_ND = F.matmul(F.reshape(x_BSHD, (-1, D)), F.cast(_quarter_turn(D), x_BSHD.dtype))
+    cos_BSHD, sin_BSHD = F.tile(cos_BS1D, (1, 1, H, 1)), F.tile(sin_BS1D, (1, 1, H, 1))
+    return x_BSHD * cos_BSHD + F.reshape(turned_ND, (B, S, H, D)) * sin_BSHD
+
+
+def _quarter_turn(D: int) -> Tensor:
+    """The matrix M with x @ M = concat(-x2, x1), float32 [D, D]: exact, one 1 or -1 per column."""
+    half = D // 2
+    upper = np.concatenate([np.zeros((half, half)), np.eye(half)], 1)
+    lower = np.concatenate([-np.eye(half), np.zeros((half, half))], 1)
+    return Tensor(np.concatenate([upper, lower]).astype(np.float32))
 
 
 def attention(
@@ -209,7 +226,7 @@ def _visible(
     segment_ids_BS: Tensor | None,
     window: int | None,
 ) -> Tensor | None:
-    """Which keys a query sees, bool [B or 1, S, T]; None: all."""
+    """Which keys a query sees, bool [B or 1, S or 1, T]; None: all."""
     key_T, query_BS1 = _positions(T), F.reshape(_positions(S), (1, S, 1))
     visible_BST = None
     if lengths_B is not None:
@@ -237,13 +254,24 @@ def _many_queries(
     T, K = k_BTKD.shape[1], k_BTKD.shape[2]
     # Query heads of one key/value head are rows of one product: nothing is repeated in memory.
     G = H // K
-    q_BKGSD = F.transpose(F.reshape(q_BSHD * scale, (B, S, K, G, D)), (0, 2, 3, 1, 4))
-    q_BKRD = F.reshape(q_BKGSD, (B, K, G * S, D))
-    scores_BHST = F.reshape(_scores(q_BKRD, F.transpose(k_BTKD, (0, 2, 1, 3))), (B, H, S, T))
-    weights_BKRT = F.reshape(_weights(scores_BHST, visible_BST), (B, K, G * S, T))
-    out_BKRD = F.bmm(weights_BKRT, F.transpose(v_BTKD, (0, 2, 1, 3)))
-    out_BKGSD = F.reshape(out_BKRD, (B, K, G, S, D))
-    return F.reshape(F.transpose(out_BKGSD, (0, 3, 1, 2, 4)), (B, S, H, D))
+    q_BSKGD = F.reshape(q_BSHD * scale, (B, S, K, G, D))
+    q_KBRD = F.reshape(F.transpose(q_BSKGD, (2, 0, 3, 1, 4)), (K, B, G * S, D))
+    scores_KBRT = F.cast(_scores(q_KBRD, F.transpose(k_BTKD, (2, 0, 1, 3))), ms.float32)
+    if visible_BST is not None:
+        # One row for each key/value head, to which the same mask is added.
+        hidden_KX = _add_row(F.reshape(scores_KBRT, (K, -1)), _mask_row(visible_BST, B, G, S))
+        scores_KBRT = F.reshape(hidden_KX, (K, B, G * S, T))
+    weights_KBRT = F.cast(F.softmax(scores_KBRT, -1), q_BSHD.dtype)
+    out_KBRD = F.matmul(weights_KBRT, F.transpose(v_BTKD, (2, 0, 1, 3)))
+    out_KBGSD = F.reshape(out_KBRD, (K, B, G, S, D))
+    return F.reshape(F.transpose(out_KBGSD, (1, 3, 0, 2, 4)), (B, S, H, D))
+
+
+def _mask_row(visible_BST: Tensor, B: int, G: int, S: int) -> Tensor:
+    """What is added to scores: 0 or LOWEST, float32, repeated to [B, G, S, T] and laid out flat."""
+    mask_B1ST = F.expand_dims((F.cast(visible_BST, ms.float32) - 1.0) * -LOWEST, 1)
+    repeats = (B // mask_B1ST.shape[0], G, S // mask_B1ST.shape[2], 1)
+    return F.stop_gradient(F.reshape(F.tile(mask_B1ST, repeats), (-1,)))
 
 
 def _one_query(
@@ -261,18 +289,13 @@ def _one_query(
     own_1K1K1 = F.cast(F.reshape(own_KK, (1, K, 1, K, 1)), q_B1HD.dtype)
     q_BKGKD = F.reshape(q_B1HD * scale, (B, K, H // K, 1, D)) * own_1K1K1
     scores_BHT = _scores(F.reshape(q_BKGKD, (B, H, K * D)), F.reshape(k_BTKD, (B, T, K * D)))
-    weights_BHT = F.reshape(_weights(F.reshape(scores_BHT, (B, H, 1, T)), visible_B1T), (B, H, T))
+    scores_BHT = F.cast(scores_BHT, ms.float32)
+    if visible_B1T is not None:
+        scores_BHT = F.where(visible_B1T, scores_BHT, LOWEST)
+    weights_BHT = F.cast(F.softmax(scores_BHT, -1), q_B1HD.dtype)
     out_BHX = F.bmm(weights_BHT, F.reshape(v_BTKD, (B, T, K * D)))
     out_BKGKD = F.reshape(out_BHX, (B, K, H // K, K, D)) * own_1K1K1
     return F.reshape(F.sum(out_BKGKD, 3), (B, 1, H, D))
-
-
-def _weights(scores_BHST: Tensor, visible_BST: Tensor | None) -> Tensor:
-    """Softmax over the visible keys, in float32, in the dtype of the scores."""
-    wide_BHST = F.cast(scores_BHST, ms.float32)
-    if visible_BST is not None:
-        wide_BHST = F.where(F.expand_dims(visible_BST, 1), wide_BHST, LOWEST)
-    return F.cast(F.softmax(wide_BHST, -1), scores_BHST.dtype)
 
 
 def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
@@ -304,38 +327,30 @@ def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> T
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    logits_NV = F.cast(logits_NV, ms.float32)
-    picked_N1 = F.gather_elements(logits_NV, 1, F.expand_dims(targets_N, 1))
-    return F.logsumexp(logits_NV, -1) - F.reshape(picked_N1, (-1,))
+    log_weights_NV = F.log_softmax(F.cast(logits_NV, ms.float32), -1)
+    return -F.reshape(F.gather_elements(log_weights_NV, 1, F.expand_dims(targets_N, 1)), (-1,))
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     return _chunked_loss(hidden_ND, weight_VD, targets_N)
 
 
-def _chunk_starts(N: int, V: int) -> tuple[range, int]:
-    """Where chunks of rows begin, and how many rows they have."""
-    rows = max(1, CHUNK_BYTES // (4 * V))
-    return range(0, N, rows), rows
-
-
 class _LinearCrossEntropy(ms.nn.Cell):
     """Computes the logits of a chunk of rows at a time, once forward and once backward.
 
     Each chunk waits for the one before (`depend`), else a compiled graph may hold all of them.
+    A `bprop` cannot be compiled if a function that it calls holds an `if`.
     """
 
     def construct(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        starts, rows = _chunk_starts(hidden_ND.shape[0], weight_VD.shape[0])
+        rows = CHUNK_BYTES // (4 * weight_VD.shape[0]) + 1
         total = F.zeros((), ms.float32)
-        for start in starts:
+        for start in range(0, hidden_ND.shape[0], rows):
             hidden = F.depend(hidden_ND[start : start + rows], total)
             targets = targets_N[start : start + rows]
-            kept = targets != -100
-            losses = cross_entropy(
-                linear(hidden, weight_VD), F.where(kept, targets, F.zeros_like(targets))
-            )
-            total = total + F.sum(F.where(kept, losses, F.zeros_like(losses)), 0)
+            logits_NV = _times_transposed(hidden, weight_VD)
+            losses = cross_entropy(logits_NV, F.maximum(targets, 0))
+            total = total + F.sum(losses * F.cast(targets >= 0, ms.float32), 0)
         return total
 
     def bprop(
@@ -346,26 +361,32 @@ class _LinearCrossEntropy(ms.nn.Cell):
         total: Tensor,
         upstream: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        V = weight_VD.shape[0]
-        starts, rows = _chunk_starts(hidden_ND.shape[0], V)
+        rows = CHUNK_BYTES // (4 * weight_VD.shape[0]) + 1
         grads_hidden = ()
         grad_weight_VD = F.zeros(weight_VD.shape, ms.float32)
-        for start in starts:
+        for start in range(0, hidden_ND.shape[0], rows):
             hidden = F.depend(hidden_ND[start : start + rows], grad_weight_VD)
-            targets_N1 = F.expand_dims(targets_N[start : start + rows], 1)
-            logits_NV = F.cast(linear(hidden, weight_VD), ms.float32)
-            # The gradient of a row's loss is softmax(logits) - one_hot(target).
-            grad_NV = F.softmax(logits_NV, -1) - F.cast(targets_N1 == _positions(V), ms.float32)
-            grad_NV = grad_NV * (upstream * F.cast(targets_N1 != -100, ms.float32))
-            grad_NV = F.cast(grad_NV, hidden.dtype)
-            grads_hidden = (*grads_hidden, F.matmul(grad_NV, weight_VD))
-            share_VD = _transposed_times(grad_NV, hidden)
+            targets = targets_N[start : start + rows]
+            kept_N1 = F.expand_dims(upstream * F.cast(targets >= 0, ms.float32), 1)
+            kept_N1 = F.cast(kept_N1, hidden.dtype)
+            logits_NV = _times_transposed(hidden, weight_VD)
+            grad_NV = F.cast(_loss_slope(logits_NV, targets), hidden.dtype)
+            grads_hidden = (*grads_hidden, F.matmul(grad_NV, weight_VD) * kept_N1)
+            share_VD = _transposed_times(grad_NV, hidden * kept_N1)
             grad_weight_VD = grad_weight_VD + F.cast(share_VD, ms.float32)
         return (
             F.cat(grads_hidden, 0),
             F.cast(grad_weight_VD, weight_VD.dtype),
             F.zeros_like(targets_N),
         )
+
+
+def _loss_slope(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """softmax(logits) - one_hot(target), float32: the gradient of each row's loss."""
+    N = logits_NV.shape[0]
+    places_N2 = F.stack((_positions(N), F.maximum(targets_N, 0)), -1)
+    ones_N = Tensor(np.ones(N, np.float32))
+    return F.tensor_scatter_sub(F.softmax(F.cast(logits_NV, ms.float32), -1), places_N2, ones_N)
 
 
 _chunked_loss = _LinearCrossEntropy()

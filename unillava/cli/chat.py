@@ -78,6 +78,7 @@ def _chat(
     seed: flags.Seed = None,
     stop: flags.Stop = None,
     compiled: flags.Compile = False,
+    num_frames: flags.NumFrames = 8,
 ) -> None:
     """Chat about pictures and videos: in the terminal, one-shot, or a turn per line of a pipe."""
     import unillava
@@ -97,7 +98,13 @@ def _chat(
     Options().replace(**options)  # a wrong value is told before the model is loaded
     started = time.perf_counter()
     model = unillava.load(
-        path, backend=backend, device=device, dtype=dtype, template=template, compile=compiled
+        path,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        template=template,
+        compile=compiled,
+        num_frames=num_frames,
     )
     loaded = time.perf_counter() - started
     dialogue = Dialogue(model, system=system, options=options)

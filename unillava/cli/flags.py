@@ -54,6 +54,9 @@ Seed = Annotated[int | None, typer.Option(help="Of the random choice of tokens."
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="End the reply before this text; repeatable.")
 ]
+NumFrames = Annotated[
+    int, typer.Option("--num-frames", min=1, help="Frames taken from a video, evenly spread.")
+]
 System = Annotated[str | None, typer.Option(help="System text, in place of the template's own.")]
 
 

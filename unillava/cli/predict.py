@@ -60,6 +60,7 @@ def _predict(
     seed: flags.Seed = None,
     stop: flags.Stop = None,
     compiled: flags.Compile = False,
+    num_frames: flags.NumFrames = 8,
 ) -> None:
     """Answer a file of questions in batches; run it again after an interruption to continue."""
     import unillava
@@ -93,6 +94,7 @@ def _predict(
         template=template,
         dtype=dtype,
         chunk=[num_chunks, chunk_idx],
+        num_frames=num_frames,
     )
     answers = AnswerFile(out, [question.id for question in questions])
     answers.open(run, overwrite=overwrite)
@@ -101,7 +103,13 @@ def _predict(
         return
     try:
         model = unillava.load(
-            path, backend=backend, device=device, dtype=dtype, template=template, compile=compiled
+            path,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            template=template,
+            compile=compiled,
+            num_frames=num_frames,
         )
         started, kept = time.perf_counter(), answers.done
         with _progress(len(questions), kept) as progress:

@@ -30,7 +30,7 @@ class Pipeline:
     template: Any
     """What `unillava.data.conversation.choose_template` returned."""
     images: ImageProcessor
-    num_frames: int = 8
+    num_frames: int
     """Frames taken from a video."""
 
     def prepare(self, chat_request: dict, *, generate: bool = True) -> Sample:

@@ -101,7 +101,7 @@ def difference(
         max_abs=largest,
         mean_abs=total / max(flat_a.size, 1),
         cosine=dot / lengths if lengths else float(norm_a == norm_b),
-        scale=top if scale is None else scale,
+        scale=top if scale is None or not math.isfinite(scale) else scale,
         worst=_index(worst, reference.shape),
     )
 
@@ -376,14 +376,14 @@ class Mismatch:
     step: int
     reference: int
     found: int
-    gap: float
-    """By how much the reference's best logit led there."""
+    gap: float | None
+    """By how much the reference's best logit led there; None: not finite."""
 
 
 def first_mismatch(
     reference: Sequence[Sequence[int]],
     found: Sequence[Sequence[int]],
-    gaps: Sequence[Sequence[float]],
+    gaps: Sequence[Sequence[float | None]],
 ) -> Mismatch | None:
     """The first token of the first row that differs; all rows are equally long."""
     for row, (wanted, got) in enumerate(zip(reference, found, strict=True)):

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unillava.errors import UnillavaError
-from unillava.parity.compare import Run
+from unillava.parity.compare import Run, or_null
 from unillava.spec import LlavaSpec, parameter_table
 
 POLL_S = 0.1
@@ -92,13 +92,11 @@ class Result:
     """Value of OMP_NUM_THREADS, "default" if it is not set."""
     order: tuple[str, ...]
     """Outputs in the order in which they were computed."""
-    missing: tuple[str, ...]
-    """Outputs that the store has and this worker did not produce."""
     runs: tuple[Run, ...]
     tokens: tuple[tuple[int, ...], ...]
     """Greedy tokens of each row."""
-    gaps: tuple[tuple[float, ...], ...]
-    """By how much the best logit led the second, for each of `tokens`."""
+    gaps: tuple[tuple[float | None, ...], ...]
+    """By how much the best logit led the second, for each of `tokens`; None: not finite."""
     peak_memory: int
     """Bytes; of the device, on cpu of the process."""
     stored: int
@@ -107,15 +105,17 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able values."""
-        return vars(self) | {"runs": [run.to_json() for run in self.runs]}
+        return vars(self) | {
+            "runs": [run.to_json() for run in self.runs],
+            "gaps": [[or_null(gap) for gap in gaps] for gaps in self.gaps],
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Result:
         """The inverse of `to_json`."""
-        lists = ("order", "missing")
         return cls(
             **fields
-            | {name: tuple(fields[name]) for name in lists}
+            | {"order": tuple(fields["order"])}
             | {"runs": tuple(Run.from_json(run) for run in fields["runs"])}
             | {name: tuple(map(tuple, fields[name])) for name in ("tokens", "gaps")}
         )
@@ -155,10 +155,11 @@ _CONTAINERS = {
 
 
 def module_names(spec: LlavaSpec) -> list[str]:
-    """Every module that computes something of its own, in file order: blocks, their parts, leaves.
+    """Every module that LLaVA calls and that computes something of its own, in file order.
 
-    Modules are the owners of parameters and what these lie in. The output head is not among
-    them: its output is recorded as `logits`.
+    Modules are the owners of parameters and what these lie in. Not called are what comes behind
+    the last vision layer that is used, and position embeddings, whose table is read. The output
+    head is not among them: its output is recorded as `logits`.
     """
     found: dict[str, None] = {}
     for parameter in parameter_table(spec):
@@ -166,8 +167,17 @@ def module_names(spec: LlavaSpec) -> list[str]:
         while owner:
             found[owner] = None
             owner = owner.rpartition(".")[0]
-    found["vision_tower"] = None
-    return [n for n in found if n not in _CONTAINERS and n != "language_model.lm_head"]
+    return [name for name in found if name not in _CONTAINERS and _is_called(spec, name)]
+
+
+def _is_called(spec: LlavaSpec, name: str) -> bool:
+    vision = "vision_tower.vision_model."
+    if name.startswith(f"{vision}encoder.layers."):
+        count = spec.vision.num_layers + 1
+        called = max(layer % count for layer in spec.feature_layers)
+        return int(name.split(".")[4]) < called
+    never = (f"{vision}post_layernorm", f"{vision}head", f"{vision}embeddings.position_embedding")
+    return not name.startswith((*never, "language_model.lm_head"))
 
 
 def block_names(spec: LlavaSpec) -> list[str]:
@@ -296,11 +306,11 @@ def _read_result(job: Job, directory: Path, returncode: int) -> Result:
 
 
 def _cause(returncode: int) -> str:
-    if returncode == -signal.SIGKILL:
-        return "it was killed (as the system does when memory runs out)"
-    if returncode < 0:
-        return f"it died of {signal.Signals(-returncode).name}"
-    return f"exit code {returncode}"
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    name = signal.Signals(-returncode).name
+    hint = " (as the system does when memory runs out)" if name == "SIGKILL" else ""
+    return f"it died of {name}{hint}"
 
 
 def _tail(path: Path, lines: int = 15) -> str:

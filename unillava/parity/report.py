@@ -291,7 +291,6 @@ def _candidate_json(candidate: Candidate, report: Report) -> dict[str, Any]:
         "thresholds": [judgement.to_json() for judgement in candidate.judgements],
         **_process(candidate.result),
         **run,
-        "not_compared": list(candidate.result.missing),
     }
 
 

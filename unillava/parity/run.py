@@ -336,7 +336,7 @@ class _Comparison:
             for participant in self.plan.candidates
         )
         return Report(
-            settings=self.settings,
+            settings=replace(self.settings, dtype=self.dtype),
             checkpoint=str(self.checkpoint.directory),
             model=_describe(self.checkpoint),
             tolerance=self.tolerance,
@@ -479,18 +479,13 @@ def _inserted(
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, ...]:
-    """How a reply reads, token by token: what each adds to the text before it."""
-    texts = [tokenizer.decode(list(tokens[:n])) for n in range(len(tokens) + 1)]
-    return tuple(new[_common(old, new) :] for old, new in pairwise(texts))
+    """How a reply reads, token by token: what each adds to the text before it.
 
-
-def _common(a: str, b: str) -> int:
-    """Length of the common beginning.
-
-    A character of several tokens is complete, and changes the text's end, only with the last.
+    A character of several tokens appears with the last of them.
     """
-    pairs = zip(a, b, strict=False)
-    return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    texts = [tokenizer.decode(list(tokens[:n])) for n in range(len(tokens) + 1)]
+    texts[:-1] = [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts[:-1]]
+    return tuple(after[len(before) :] for before, after in pairwise(texts))
 
 
 def _another_number_of_threads() -> int:

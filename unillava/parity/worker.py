@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from unillava.parity.compare import (
     gradient_scale_name,
     in_order,
 )
-from unillava.parity.job import Arrays, Job, Result, read_arrays
+from unillava.parity.job import Arrays, Job, ParityError, Result, read_arrays
 
 Record = Callable[[str, np.ndarray], None]
 
@@ -71,10 +71,12 @@ class Native:
         self.watched = frozenset(job.watch)
 
     def use_kernels(self, kernels: str) -> None:
+        """See Computation."""
         device, dtype = backends.runtime.current()
         backends.runtime.setup(device, dtype, kernels)
 
     def forward(self, batch: Arrays, record: Record) -> None:
+        """See Computation. Outputs for videos are named `…@video`."""
         runtime, network = backends.runtime, self.network
         phase = ""
 
@@ -149,14 +151,17 @@ class Native:
         return mean_loss
 
     def loss(self, batch: Arrays) -> float:
+        """See Computation."""
         with backends.runtime.no_grad():
             return float(backends.runtime.numpy(self._mean_loss(batch)(*self._rotary(batch))))
 
     def gradients(self, batch: Arrays) -> tuple[float, dict[str, np.ndarray]]:
+        """See Computation."""
         run = backends.runtime.value_and_grad(self._mean_loss(batch), self.network)
         return run(*self._rotary(batch))
 
     def greedy(self, prompt: Arrays, count: int) -> tuple[list[int], list[float]]:
+        """See Computation; prefill and decode as `unillava chat` does."""
         from unillava.inference.engine import Engine, greedy
 
         engine = Engine(self.network, self.spec)
@@ -195,15 +200,18 @@ class Store:
         self.written = 0
 
     def names(self, kind: str) -> set[str]:
+        """What is stored of a kind (outputs, gradients)."""
         return {path.stem for path in (self.directory / kind).glob("*.npy")}
 
     def write(self, kind: str, name: str, array: np.ndarray) -> None:
+        """Store one tensor as float32."""
         folder = self.directory / kind
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / f"{name}.npy", np.asarray(array, np.float32))
         self.written += array.size * 4
 
     def read(self, kind: str, name: str) -> np.ndarray:
+        """One tensor, mapped."""
         return np.load(self.directory / kind / f"{name}.npy", mmap_mode="r")
 
 
@@ -218,6 +226,7 @@ class Rows:
         self.valid, self.text = np.flatnonzero(is_valid), np.flatnonzero(is_valid & is_text)
 
     def of(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array, or [rows, width] of a decoder tensor [B, S, width]."""
         if not (name.startswith("language_model.") or name in ("merge", "logits")):
             return array
         rows = self.text if name.endswith("embed_tokens") else self.valid
@@ -235,6 +244,7 @@ class Recorder:
         self.differences: list[Difference] = []
 
     def output(self, name: str, array: np.ndarray) -> None:
+        """Take one module's output. What the store does not have is passed over."""
         array = self.rows.of(name, array)
         if self.fills:
             self.store.write("outputs", name, array)
@@ -247,6 +257,7 @@ class Recorder:
         self.order.append(name)
 
     def gradient(self, name: str, array: np.ndarray) -> None:
+        """Take one parameter's gradient, in canonical orientation."""
         if self.fills:
             self.store.write("gradients", name, array)
             return
@@ -256,6 +267,21 @@ class Recorder:
         if scale_name != name:
             scale = float(np.abs(self.store.read("gradients", scale_name)).max())
         self.differences.append(difference(name, stored, array, scale=scale))
+
+    def check_complete(self, watched: Iterable[str]) -> None:
+        """What was not compared would count as equal.
+
+        Raises:
+            ParityError: a watched module gave no output, or one that the store has is missing.
+        """
+        seen = {name.partition("@")[0] for name in self.order}
+        absent = (set(watched) - seen) | (self.known - set(self.order))
+        if absent:
+            raise ParityError(
+                f"{len(absent)} modules gave no output",
+                given=f"nothing from {', '.join(sorted(absent)[:5])}",
+                expected="an output of every module, also of those that the reference has",
+            )
 
 
 def norm_of(gradients: dict[str, np.ndarray]) -> float:
@@ -283,7 +309,6 @@ def work(job: Job, step: Callable[[str], None]) -> Result:
         runs.append(_run(job, model, batch, recorder, wanted, _numbered(step, n, job.runs)))
         order = order or recorder.order
     tokens, gaps = _replies(job, model, inputs, step)
-    known = store.names("outputs")
     versions = runtime.versions()
     if job.engine == "transformers":
         import transformers
@@ -294,7 +319,6 @@ def work(job: Job, step: Callable[[str], None]) -> Result:
         device=runtime.current()[0],
         threads=os.environ.get("OMP_NUM_THREADS", "default"),
         order=tuple(order),
-        missing=tuple(sorted(known - set(order))),
         runs=tuple(runs),
         tokens=tuple(tokens),
         gaps=tuple(gaps),
@@ -320,11 +344,15 @@ def _run(
     """One forward pass, and one backward pass if wanted."""
     step("forward pass")
     model.forward(batch, recorder.output)
+    recorder.check_complete(job.watch)
     if not job.gradients:
         return Run(kernels, model.loss(batch), tuple(recorder.outputs))
     step("backward pass")
     loss, gradients = model.gradients(batch)
     norm = norm_of(gradients)
+    absent = set() if recorder.fills else recorder.store.names("gradients") - set(gradients)
+    if absent:
+        raise ParityError("gradients are missing", given=f"none of {', '.join(sorted(absent)[:5])}")
     for name in list(gradients):
         recorder.gradient(name, gradients.pop(name))
     places = execution_order([d.name for d in recorder.differences], recorder.order)
