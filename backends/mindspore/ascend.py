@@ -10,6 +10,8 @@ import mindspore as ms
 from mindspore import Tensor
 from mindspore import ops as F
 
+FLASH_DTYPES = (ms.float16, ms.bfloat16)
+"""What the flash attention kernels take."""
 COMPRESSED = 2048
 """Side of the one mask that Ascend's flash attention wants for its causal mode."""
 
@@ -35,9 +37,21 @@ def rotary(x_BSHD: Tensor, cos_BS1D: Tensor, sin_BS1D: Tensor) -> Tensor:
     return F.rotary_position_embedding(x_BSHD, cos_BS1D, sin_BS1D, 0)
 
 
+def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
+    """Every cache row takes itself or a new row: no scatter, which is slow on Ascend."""
+    B, T, K, D = cache_BTKD.shape
+    S = new_BSKD.shape[1]
+    place_BT = F.arange(T) - F.expand_dims(start_B, 1)  # of each cache row among the new ones
+    inside_BT = F.logical_and(place_BT >= 0, place_BT < S)
+    if S > 1:
+        row_BT = F.clamp(place_BT, 0, S - 1) + F.expand_dims(F.arange(B), 1) * S
+        new_BSKD = F.reshape(F.gather(F.reshape(new_BSKD, (B * S, K * D)), row_BT, 0), (B, T, K, D))
+    return F.where(F.reshape(inside_BT, (B, T, 1, 1)), new_BSKD, cache_BTKD)
+
+
 def has_attention(q_BSHD: Tensor) -> bool:
     """Whether the flash kernels take this dtype and head size."""
-    return q_BSHD.dtype in (ms.float16, ms.bfloat16) and q_BSHD.shape[-1] % 16 == 0
+    return q_BSHD.dtype in FLASH_DTYPES and q_BSHD.shape[-1] % 16 == 0
 
 
 def attention(
@@ -75,7 +89,7 @@ def causal_attention(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, scale: floa
 
 
 def decode_attention(
-    q_B1HD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float, hidden_B1T: Tensor
+    q_B1HD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float, hidden_B1T: Tensor | None
 ) -> Tensor:
     """The kernel for one query per row. It reads the cache as it lies, [B, T, K * D].
 

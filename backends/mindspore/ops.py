@@ -178,16 +178,16 @@ def rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
         return ascend.rotary(x_BSHD, cos_BS1D, sin_BS1D)
     B, S, H, D = x_BSHD.shape
     turned_ND = F.matmul(F.reshape(x_BSHD, (-1, D)), F.cast(_quarter_turn(D), x_BSHD.dtype))
-    cos_BSHD, sin_BSHD = F.tile(cos_BS1D, (1, 1, H, 1)), F.tile(sin_BS1D, (1, 1, H, 1))
-    return x_BSHD * cos_BSHD + F.reshape(turned_ND, (B, S, H, D)) * sin_BSHD
+    turned_BSHD = F.reshape(turned_ND, (B, S, H, D))
+    if S > 1:
+        cos_BS1D, sin_BS1D = F.tile(cos_BS1D, (1, 1, H, 1)), F.tile(sin_BS1D, (1, 1, H, 1))
+    return x_BSHD * cos_BS1D + turned_BSHD * sin_BS1D
 
 
 def _quarter_turn(D: int) -> Tensor:
     """The matrix M with x @ M = concat(-x2, x1), float32 [D, D]: exact, one 1 or -1 per column."""
     half = D // 2
-    upper = np.concatenate([np.zeros((half, half)), np.eye(half)], 1)
-    lower = np.concatenate([-np.eye(half), np.zeros((half, half))], 1)
-    return Tensor(np.concatenate([upper, lower]).astype(np.float32))
+    return Tensor((np.eye(D, k=half) - np.eye(D, k=-half)).astype(np.float32))
 
 
 def attention(
@@ -209,7 +209,7 @@ def attention(
             return ascend.causal_attention(q_BSHD, k_BTKD, v_BTKD, scale)
         visible_BST = _visible(S, T, causal, lengths_B, segment_ids_BS, window)
         hidden_BST = None if visible_BST is None else F.logical_not(visible_BST)
-        if lengths_B is not None and S == 1:
+        if S == 1 and T > 1:
             return ascend.decode_attention(q_BSHD, k_BTKD, v_BTKD, scale, hidden_BST)
         return ascend.attention(q_BSHD, k_BTKD, v_BTKD, scale, hidden_BST)
     visible_BST = _visible(S, T, causal, lengths_B, segment_ids_BS, window)
@@ -299,6 +299,8 @@ def _one_query(
 
 
 def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
+    if FUSED:
+        return ascend.cache_update(cache_BTKD, new_BSKD, start_B)
     B, S, K, D = new_BSKD.shape
     rows_B = _positions(B)
     if S == 1:
@@ -310,8 +312,8 @@ def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tenso
 
 
 def _positions(length: int) -> Tensor:
-    """0 … length - 1. In eager mode F.arange is a computation, and a slow one."""
-    return Tensor(np.arange(length))
+    """0 … length - 1. Eagerly on CPU, F.arange takes far longer than to copy a constant."""
+    return F.arange(length) if FUSED else Tensor(np.arange(length))
 
 
 def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -385,8 +387,8 @@ def _loss_slope(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """softmax(logits) - one_hot(target), float32: the gradient of each row's loss."""
     N = logits_NV.shape[0]
     places_N2 = F.stack((_positions(N), F.maximum(targets_N, 0)), -1)
-    ones_N = Tensor(np.ones(N, np.float32))
-    return F.tensor_scatter_sub(F.softmax(F.cast(logits_NV, ms.float32), -1), places_N2, ones_N)
+    weights_NV = F.softmax(F.cast(logits_NV, ms.float32), -1)
+    return F.tensor_scatter_add(weights_NV, places_N2, Tensor(np.full(N, -1.0, np.float32)))
 
 
 _chunked_loss = _LinearCrossEntropy()

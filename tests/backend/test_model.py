@@ -260,3 +260,52 @@ def pooled(x_FPC: np.ndarray, mode: str) -> np.ndarray:
         for j in range(side // 2)
     ]
     return np.stack(cells, 1)
+
+
+def test_packed_rows_are_separate_conversations(runtime):
+    """Two conversations in one row, told apart by segment ids, give what two rows give."""
+    spec, rng = SPECS["llama"], np.random.default_rng(6)
+    network = filled(runtime, spec)
+    ids = [rng.integers(0, V, n) for n in (5, 8)]
+    apart = [
+        collate([Sample(i, np.zeros(len(i), np.int8), 0 * i, i >= 0)])["input_ids"] for i in ids
+    ]
+    joined = {
+        "input_ids": np.concatenate([*apart, np.zeros((1, 3), np.int64)], 1),
+        "position_ids": np.concatenate([np.arange(5), np.arange(8), np.arange(3)])[None],
+        "segment_ids": np.repeat([1, 2, 0], [5, 8, 3])[None],
+    }
+    tables = [runtime.tensor32(t) for t in rotary_tables(spec.text, 16)]
+
+    def hidden(input_ids, position_ids, segment_ids=None):
+        index = np.arange(input_ids.size).reshape(input_ids.shape)
+        embeds = network.merge(runtime.tensor(input_ids), runtime.tensor(index))
+        segments = None if segment_ids is None else runtime.tensor(segment_ids)
+        states = network.hidden(embeds, runtime.tensor(position_ids), *tables, segments)
+        return runtime.numpy(states)[0]
+
+    with runtime.no_grad():
+        packed = hidden(**joined)
+        separate = np.concatenate([hidden(i, np.arange(i.size)[None]) for i in apart])
+    assert np.abs(packed[:13] - separate).max() <= 1e-5 * np.abs(separate).max()
+
+
+def test_recomputed_blocks_give_the_same_gradients(runtime):
+    spec = SPECS["llama"]
+    rng = np.random.default_rng(7)
+    batch = collate([sample(spec, rng, 3, 1, 6), sample(spec, rng, 2, 1, 8)])
+    tables = [runtime.tensor32(t) for t in rotary_tables(spec.text, batch["input_ids"].shape[1])]
+    results = []
+    for recompute in (False, True):
+        network = filled(runtime, spec)
+        if recompute:
+            blocks = [*network.language_model.model.layers]
+            for block in [*blocks, *network.vision_tower.vision_model.encoder.layers]:
+                runtime.recompute(block)
+        run = runtime.value_and_grad(loss_function(network, batch, runtime), network)
+        results.append(run(*tables))
+    (value, gradients), (again, regradients) = results
+    assert abs(value - again) <= 1e-6 * abs(value)
+    for name, gradient in gradients.items():
+        bar = 1e-6 * max(np.abs(gradient).max(), 1e-12)
+        assert np.abs(gradient - regradients[name]).max() <= bar, name

@@ -104,7 +104,9 @@ def test_sampling_does_not_depend_on_the_batch(run, checkpoint, folder):
 
 
 def test_killed_and_continued(run, checkpoint, folder):
-    slow = ("--max-new-tokens", "60", "--batch-size", "1")
+    count = 6
+    write_questions(folder, count)
+    slow = ("--max-new-tokens", "50", "--batch-size", "1")
     whole = [*arguments(checkpoint, folder, "whole.jsonl"), *slow]
     run(*whole).succeeded()
     command = [*arguments(checkpoint, folder), *slow]
@@ -128,7 +130,7 @@ def test_killed_and_continued(run, checkpoint, folder):
     text = (folder / "answers.jsonl").read_bytes()
     assert text.startswith(kept), "the answers that were there are kept"
     assert text == (folder / "whole.jsonl").read_bytes()
-    assert f"{COUNT - kept.count(bytes([10]))} answers" in done.err
+    assert f"{count - kept.count(bytes([10]))} answers" in done.err
     assert not partial.exists()
     assert "complete already" in run(*command).succeeded().err
 

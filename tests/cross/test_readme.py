@@ -1,11 +1,13 @@
 """The commands and the code of README.md do what it shows.
 
 A block after `<!-- run -->` is run, all of them in order in one folder: `console` blocks line by
-line, their output compared with what is printed there, `python` blocks as scripts.
+line, their output compared with what is printed there (`...` stands for anything), `python`
+blocks as scripts.
 """
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shutil
@@ -46,6 +48,7 @@ def session(block: str) -> list[tuple[str, str]]:
 def test_every_marked_block_runs_as_shown(tmp_path, photo):
     shutil.copy(photo, tmp_path / "photo.jpg")
     blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    same = doctest.OutputChecker().check_output
     assert {kind for kind, _ in blocks} == {"console", "python"}
     for kind, text in blocks:
         if kind == "python":
@@ -53,4 +56,4 @@ def test_every_marked_block_runs_as_shown(tmp_path, photo):
             continue
         for command, shown in session(text):
             printed = run(["bash", "-c", command], tmp_path)
-            assert printed.strip() == shown, command
+            assert same(shown, printed.strip(), doctest.ELLIPSIS), f"{command}\n{printed}"

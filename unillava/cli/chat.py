@@ -2,6 +2,9 @@
 
 Only replies go to stdout when there is no conversation to look at (a question on the command
 line, or a pipe); everything else goes to stderr.
+
+The word `exit` leaves, as in LLaVA's cli. An empty line, on which that one left too, does
+nothing: it is too easily typed.
 """
 
 from __future__ import annotations

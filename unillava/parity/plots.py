@@ -159,6 +159,7 @@ def _tolerance(plot: Plot, scale: _Scale) -> list[str]:
 
 def _marks(plot: Plot, scale: _Scale, series: Series, number: int) -> list[str]:
     shapes = []
+    size = 3 if scale.step >= 5 else 2
     for n, name in enumerate(plot.names):
         if name not in series.values:
             continue
@@ -169,7 +170,7 @@ def _marks(plot: Plot, scale: _Scale, series: Series, number: int) -> list[str]:
             shapes.append(f'<circle class="ring" cx="{x}" cy="{y}" r="7"/>')
         told = f"{series.label}: {name}  {short(value)}"
         shapes.append(
-            f'<path class="s{number}{over}" d="{mark(number, x, y)}">'
+            f'<path class="s{number}{over}" d="{mark(number, x, y, size)}">'
             f"<title>{escape(told)}</title></path>"
         )
     return shapes

@@ -38,6 +38,8 @@ from unillava.parity.run import Candidate, Report
 
 WIDE, NARROW = (960, 340), (380, 300)
 """Sizes of a plot on a desk and on a telephone, in pixels."""
+LIKE_NOISE = 3.0
+"""A difference of at most so many times the reference's own noise looks like rounding."""
 MOST_ROWS = 12
 """Rows of the table of worst tensors."""
 THUMBNAIL = 320
@@ -82,6 +84,7 @@ def findings(candidate: Candidate, report: Report) -> list[str]:
         told.append(_gradient_finding(candidate, report))
     if candidate.mismatch is not None:
         told.append(_token_finding(candidate, report))
+    told += _noise_findings(candidate, report)
     return told
 
 
@@ -122,7 +125,7 @@ def _output_findings(candidate: Candidate, report: Report) -> Iterable[str]:
     else:
         where = "there" if found.jump == found.name else f"at {found.jump}"
         yield (
-            f"It appears {where}: {number(found.jump_factor)} times what rounding in the tensors "
+            f"It appears {where}: {found.jump_factor:.3g} times what rounding in the tensors "
             "before allows for."
         )
 
@@ -139,6 +142,22 @@ def _gradient_finding(candidate: Candidate, report: Report) -> str:
         f"{count}. The first in the backward pass is that of {first.name}: "
         f"{number(first.relative)}{compared}."
     )
+
+
+def _noise_findings(candidate: Candidate, report: Report) -> Iterable[str]:
+    """Whether a bar is missed by no more than rounding can do to the reference itself."""
+    for judgement in candidate.judgements:
+        noise = judgement.noise
+        missed = judgement.rule.decides and judgement.passed is False
+        if not missed or isinstance(noise, bool) or noise is None:
+            continue
+        if judgement.measured <= LIKE_NOISE * noise:
+            yield (
+                f"For {judgement.rule.criterion}, {number(judgement.measured)} is no more than "
+                f"{judgement.measured / noise:.1f} times what the reference differs from "
+                f"itself ({number(noise)}): this looks like rounding. A model this deep or this "
+                "sharp may need a larger --tolerance."
+            )
 
 
 def _token_finding(candidate: Candidate, report: Report) -> str:
@@ -465,11 +484,13 @@ def _worst_rows(report: Report, kind: str) -> list[tuple[str, Difference, float 
 def _reply_row(report: Report, n: int) -> dict[str, Any]:
     """One conversation: its picture, and the replies with their first differing token."""
     row = report.rows[n]
-    wanted = row.replies.get(report.reference, ())
+    results = {c.label: c.result for c in report.candidates}
+    results[report.reference] = report.reference_result
     replies = []
     for label, pieces in row.replies.items():
-        pairs = enumerate(zip(pieces, wanted, strict=True))
-        first = next((k for k, (ours, theirs) in pairs if ours != theirs), None)
+        pairs = zip(results[label].tokens[n], report.reference_result.tokens[n], strict=True)
+        same = [a == b for a, b in pairs]
+        first = same.index(False) if False in same else None
         replies.append({"label": label, "pieces": pieces, "first": first})
     picture = None if row.picture is None else data_uri(row.picture)
     return {"title": row.title, "prompt": row.prompt, "picture": picture, "replies": replies}

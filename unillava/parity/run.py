@@ -373,7 +373,7 @@ class _Comparison:
             backend=participant.backend,
             device=participant.device,
             dtype=self.dtype,
-            checkpoint=str(participant.checkpoint),
+            checkpoint=str(participant.checkpoint.absolute()),
             inputs=str(self.scratch / "inputs"),
             store=str(self.scratch / store),
             fills_store=fills_store,
