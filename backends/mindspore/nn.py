@@ -41,7 +41,7 @@ def _empty(shape: Sequence[int]) -> Tensor:
     return mint.empty(tuple(shape), dtype=DTYPE, device="meta")
 
 
-class Linear(mint.nn.Linear):
+class Linear(Module, mint.nn.Linear):
     """mint.nn.Linear without its random initialisation."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
@@ -53,7 +53,7 @@ class Linear(mint.nn.Linear):
             bias_init=_empty((out_features,)),
         )
 
-    def construct(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
     def matrix(self) -> Tensor:
@@ -61,23 +61,23 @@ class Linear(mint.nn.Linear):
         return self.weight
 
 
-class Embedding(mint.nn.Embedding):
+class Embedding(Module, mint.nn.Embedding):
     """mint.nn.Embedding without its random initialisation, on devices that lack its kernel too."""
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__(rows, size, _weight=_empty((rows, size)))
 
-    def construct(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         return ops.take_rows(self.weight, ids)
 
 
-class LayerNorm(mint.nn.LayerNorm):
+class LayerNorm(Module, mint.nn.LayerNorm):
     """mint.nn.LayerNorm over the last axis, on devices that lack its kernel too."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps=eps, dtype=DTYPE)
 
-    def construct(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 

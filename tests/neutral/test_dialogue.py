@@ -10,7 +10,7 @@ from unillava.inference.dialogue import Dialogue
 
 
 class Parrot:
-    """Stands in for a model: says the last text word by word, with white space around."""
+    """Stands in for a model: says the last text word by word."""
 
     def __init__(self):
         self.requests = []
@@ -23,7 +23,8 @@ class Parrot:
         if self.error:
             raise self.error
         text = request["messages"][-1]["content"][-1]["text"]
-        yield from [" ", "\n", *text.partition(" "), "\n", " "]
+        first, space, rest = text.partition(" ")
+        yield from [piece for piece in (first, space + rest) if piece]
         history = [*request["messages"], {"role": "assistant", "content": text}]
         return SimpleNamespace(text=text, history=history)
 

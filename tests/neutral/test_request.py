@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unillava.data.conversation import get_template, render
-from unillava.data.request import from_record, normalise
+from unillava.data.request import from_record, normalise, self_contained
 from unillava.errors import RequestError
 
 IMAGE = {"type": "image"}
@@ -331,3 +331,51 @@ def test_text_with_markers_is_rendered_as_it_was_written(fragments):
     assert (len(bound_images), len(bound_videos)) == (images, videos)
     rendered = render(get_template("mistral_instruct"), messages, True).text
     assert rendered == f"[INST] {written} [/INST]"
+
+
+@pytest.mark.parametrize(
+    "request_dict",
+    [
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "a"},
+                        {"type": "text", "text": "see <image> here"},
+                    ],
+                }
+            ]
+        },
+        {"messages": [{"role": "user", "content": "<image>\nsee <image> here"}], "images": "ab"},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief: <image> is a marker."},
+                {"role": "user", "content": "What?"},
+                {"role": "assistant", "content": "An <image>."},
+                {"role": "user", "content": "Why?"},
+            ],
+            "images": ["a", "b"],
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "one"},
+                        {"type": "image"},
+                        {"type": "text", "text": "two"},
+                        {"type": "video", "video": "v"},
+                    ],
+                }
+            ],
+            "image": "a",
+        },
+    ],
+)
+def test_self_contained_messages_mean_the_same(request_dict):
+    if isinstance(request_dict.get("images"), str):
+        request_dict = {**request_dict, "images": list(request_dict["images"])}
+    messages = self_contained(request_dict)
+    assert normalise({"messages": messages}) == normalise(request_dict)
+    assert self_contained({"messages": messages}) == messages

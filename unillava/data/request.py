@@ -68,6 +68,24 @@ class _Turn:
     def media(self, kind: str) -> list[_Slot]:
         return [slot for slot in self.slots if slot.kind == kind]
 
+    def content(self) -> str | list[dict[str, Any]]:
+        """As it may stand in a request: with its media, and markers where they were written."""
+        sources: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
+        for slot in self.slots:
+            medium = {"type": slot.kind, slot.kind: slot.value}
+            if slot.kind != "text" and not slot.is_marker:
+                parts.append(medium)
+                continue
+            text = MARKERS[slot.kind] if slot.is_marker else slot.value
+            sources += [medium] if slot.is_marker else []
+            if slot.inline and parts:
+                parts[-1]["text"] += text
+            else:
+                parts.append({"type": "text", "text": text})
+        only_text = len(parts) == 1 and parts[0]["type"] == "text" and not sources
+        return parts[0]["text"] if only_text else sources + parts
+
 
 def normalise(request: dict[str, Any]) -> tuple[list[Message], list[Any], list[Any]]:
     """Messages in the one form that templates take, and the media in the order of their markers.
@@ -85,21 +103,18 @@ def normalise(request: dict[str, Any]) -> tuple[list[Message], list[Any], list[A
         RequestError: naming the message and part that cannot be understood, or the numbers of
             media and markers that contradict each other.
     """
-    turns = [_read_turn(n, message) for n, message in enumerate(_messages(request))]
-    _check_system(turns)
-    media = {}
-    for kind in MARKERS:
-        _bind(turns, kind, _listed(request, kind))
-        media[kind] = [slot.value for turn in turns for slot in turn.media(kind)]
-    for turn in turns:
-        if turn.role == "user" and not turn.slots:
-            raise RequestError(
-                f"{turn.position} is empty",
-                expected="text, an image or a video in every user message",
-                fix="leave the message out, or give it content",
-            )
+    turns = _turns(request)
+    media = {kind: [slot.value for turn in turns for slot in turn.media(kind)] for kind in MARKERS}
     messages = [{"role": t.role, "content": [s.part() for s in t.slots]} for t in turns]
     return messages, media["image"], media["video"]
+
+
+def self_contained(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a request with all its media in them, so that they can be continued.
+
+    Raises RequestError as `normalise` does.
+    """
+    return [{"role": turn.role, "content": turn.content()} for turn in _turns(request)]
 
 
 def from_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +178,22 @@ def _messages(request: Any) -> list[Any]:
         if is_record
         else None,
     )
+
+
+def _turns(request: Any) -> list[_Turn]:
+    """The messages with every medium bound to its place."""
+    turns = [_read_turn(n, message) for n, message in enumerate(_messages(request))]
+    _check_system(turns)
+    for kind in MARKERS:
+        _bind(turns, kind, _listed(request, kind))
+    for turn in turns:
+        if turn.role == "user" and not turn.slots:
+            raise RequestError(
+                f"{turn.position} is empty",
+                expected="text, an image or a video in every user message",
+                fix="leave the message out, or give it content",
+            )
+    return turns
 
 
 def _read_turn(n: int, message: Any) -> _Turn:

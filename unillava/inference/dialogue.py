@@ -66,7 +66,7 @@ class Dialogue:
         question = {"role": "user", "content": [*self.attached, {"type": "text", "text": text}]}
         before = self.messages
         self.reply = None
-        said = held = ""
+        said = ""
         try:
             stream = self.model.stream({"messages": [*before, question]}, **self.options)
             while True:
@@ -75,14 +75,8 @@ class Dialogue:
                 except StopIteration as end:
                     self.reply = end.value
                     break
-                # White space leaves with what follows it, so that the pieces, joined, are the
-                # reply's text: without any at its beginning and end.
-                text = (held + piece).rstrip()
-                held = (held + piece)[len(text) :]
-                text = text if said else text.lstrip()
-                if text:
-                    said += text
-                    yield text
+                said += piece
+                yield piece
         finally:
             if self.reply is not None:
                 self.messages, self.attached = list(self.reply.history), []

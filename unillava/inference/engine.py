@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from backends import ops, runtime
+from unillava.inference.sampling import not_finite
 from unillava.rope import rotary_tables
 from unillava.spec import LlavaSpec
 
@@ -161,5 +162,11 @@ class Engine:
 
 
 def greedy(logits_BV: Any) -> np.ndarray:
-    """The most probable token of each row, int64 [B], chosen on the device."""
+    """The most probable token of each row, int64 [B], chosen on the device.
+
+    Raises RequestError if the logits of a row are no numbers.
+    """
+    tops_B = runtime.numpy(ops.reduce_max(logits_BV, axis=-1))
+    if not np.isfinite(tops_B).all():
+        raise not_finite(tops_B)
     return runtime.numpy(ops.argmax(logits_BV, axis=-1))

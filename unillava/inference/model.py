@@ -13,6 +13,7 @@ from backends import runtime
 from unillava.checkpoint import Checkpoint
 from unillava.data.collate import TEXT, Sample, collate
 from unillava.data.pipeline import Pipeline
+from unillava.data.request import self_contained
 from unillava.inference.engine import Engine, greedy
 from unillava.inference.options import Options
 from unillava.inference.sampling import Sampler
@@ -148,6 +149,7 @@ class _Row:
     room: int
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    held: str = ""
     finish: str = ""
 
     def take(self, token: int) -> str:
@@ -162,12 +164,19 @@ class _Row:
             self.finish = "length"
         if self.finish:
             text += self.stream.finish()
-        self.pieces.append(text)
-        return text
+        # White space leaves with what follows it, so that the pieces, joined, are the reply:
+        # without any at its beginning and end.
+        text = self.held + text
+        ready = text.rstrip()
+        self.held = text[len(ready) :]
+        ready = ready if self.pieces else ready.lstrip()
+        if ready:
+            self.pieces.append(ready)
+        return ready
 
     def reply(self, request: dict, sample: Sample) -> Reply:
-        text = "".join(self.pieces).strip()
-        history = [*request.get("messages", ()), {"role": "assistant", "content": text}]
+        text = "".join(self.pieces)
+        history = [*self_contained(request), {"role": "assistant", "content": text}]
         return Reply(text, self.tokens, self.finish, len(sample), history)
 
 

@@ -44,12 +44,7 @@ class Sampler:
         best = int(np.argmax(logits_V))  # the lowest id among equals; NaN wins
         top = logits_V[best]
         if not np.isfinite(top):
-            raise RequestError(
-                "the model's logits are not finite numbers",
-                given=f"largest logit {top}",
-                fix="run in float32 or bfloat16 (--dtype); if that does not help, the weights "
-                "are damaged",
-            )
+            raise not_finite(top)
         token = best if options.temperature == 0 else self._draw(logits_V, top)
         self._seen.add(token)
         return token
@@ -61,6 +56,15 @@ class Sampler:
         point = self._random.random() * cumulative_N[-1]
         place = int(np.searchsorted(cumulative_N, point, side="right"))
         return place if kept_N is None else int(kept_N[place])
+
+
+def not_finite(top: np.ndarray | np.floating) -> RequestError:
+    """The error of logits whose largest is `top`."""
+    return RequestError(
+        "the model's logits are not finite numbers",
+        given=f"largest logit {top}",
+        fix="run in float32 or bfloat16 (--dtype); if that does not help, the weights are damaged",
+    )
 
 
 def penalise(logits_V: np.ndarray, seen: set[int], penalty: float) -> np.ndarray:

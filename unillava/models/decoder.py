@@ -94,10 +94,11 @@ class Attention(nn.Module):
         k_BTKE = ops.cache_update(k_BTKE, k_BSKE, start_B)
         v_BTKE = ops.cache_update(v_BTKE, v_BSKE, start_B)
         masked = uneven or self.window is not None
+        whole = visible == tuple(k_BTKE.shape)[1]  # a slice of everything still costs a copy
         x_BSHE = ops.attention(
             q_BSHE,
-            k_BTKE[:, :visible],
-            v_BTKE[:, :visible],
+            k_BTKE if whole else k_BTKE[:, :visible],
+            v_BTKE if whole else v_BTKE[:, :visible],
             scale=self.scale,
             causal=masked,
             lengths_B=start_B + 1 if masked else None,

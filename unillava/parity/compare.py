@@ -22,8 +22,9 @@ GROWTH = 10.0
 """A difference that is this many times larger than all before it does not come from them."""
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-"""Bars relative to a tensor's largest value. Below float32 one rounding already costs 1e-3."""
+TOLERANCE = {"float32": 1e-5, "float16": 8e-2, "bfloat16": 6e-1}
+"""Bars relative to a tensor's largest value: in each dtype some 80 units of rounding. In half
+precision that shows gross faults only; the reference's own noise and sudden jumps tell more."""
 
 
 @dataclass(frozen=True)

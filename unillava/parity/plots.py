@@ -27,6 +27,8 @@ class Series:
 
     label: str
     values: Mapping[str, float]
+    ringed: str | None = None
+    """The tensor at which this backend diverges."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,6 @@ class Plot:
     series: Sequence[Series]
     noise: Mapping[str, float]
     tolerance: float
-    marked: frozenset[str] = frozenset()
-    """Tensors to be ringed: where a backend diverges."""
 
 
 def draw(plot: Plot, width: int, height: int) -> str:
@@ -166,7 +166,7 @@ def _marks(plot: Plot, scale: _Scale, series: Series, number: int) -> list[str]:
         value = series.values[name]
         x, y = scale.x(n), scale.y(value)
         over = " over" if not value <= plot.tolerance else ""
-        if name in plot.marked and over:
+        if name == series.ringed:
             shapes.append(f'<circle class="ring" cx="{x}" cy="{y}" r="7"/>')
         told = f"{series.label}: {name}  {short(value)}"
         shapes.append(

@@ -164,10 +164,13 @@ def _token_finding(candidate: Candidate, report: Report) -> str:
     found = candidate.mismatch
     replies = report.rows[found.row].replies
     ours, theirs = replies[candidate.label][found.step], replies[report.reference][found.step]
+    own = report.noise_facts is not None and report.noise_facts.tokens_equal is False
     return (
         f"Greedy tokens part in row “{report.rows[found.row].title}” at token {found.step + 1}: "
         f"{ours!r} instead of {theirs!r}. The reference's best logit led the second by "
         f"{number(found.gap)} there."
+        + " The reference's own tokens change with threads and kernels, too."
+        * own
     )
 
 
@@ -418,17 +421,19 @@ def _plots(report: Report, kind: str) -> list[Markup]:
         [d for d in getattr(candidate.run, kind) if d.scale or d.max_abs]
         for candidate in report.candidates
     ]
-    marked = {c.divergence.name for c in report.candidates if c.divergence is not None}
     plot = Plot(
         names=merged_names([[d.name for d in differences] for differences in lists]),
         part=part_of_tensor,
         series=[
-            Series(candidate.label, {d.name: d.relative for d in differences})
+            Series(
+                candidate.label,
+                {d.name: d.relative for d in differences},
+                ringed=candidate.divergence.name if candidate.divergence else None,
+            )
             for candidate, differences in zip(report.candidates, lists, strict=True)
         ],
         noise=noise,
         tolerance=report.tolerance,
-        marked=frozenset(marked) if kind == "outputs" else frozenset(),
     )
     return [Markup(draw(plot, *shape)) for shape in (WIDE, NARROW)]
 
