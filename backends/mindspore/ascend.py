@@ -33,12 +33,15 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x_BSHD: Tensor, cos_BS1D: Tensor, sin_BS1D: Tensor) -> Tensor:
-    """Half-split rotation; the tables have the dtype of x."""
+    """Half-split rotation; the tables have the dtype of x.
+
+    MindSpore has announced the removal of this function, and none that replaces it.
+    """
     return F.rotary_position_embedding(x_BSHD, cos_BS1D, sin_BS1D, 0)
 
 
 def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tensor:
-    """Every cache row takes itself or a new row: no scatter, which is slow on Ascend."""
+    """Every cache row takes itself or a new row: static shapes, and no scatter."""
     B, T, K, D = cache_BTKD.shape
     S = new_BSKD.shape[1]
     place_BT = F.arange(T) - F.expand_dims(start_B, 1)  # of each cache row among the new ones
@@ -57,7 +60,7 @@ def has_attention(q_BSHD: Tensor) -> bool:
 def attention(
     q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float, hidden_BST: Tensor | None
 ) -> Tensor:
-    """Flash attention; `hidden` (bool, [B or 1, S, T]) marks the keys that a query must not see."""
+    """Flash attention. `hidden`, bool [B or 1, S or 1, T]: the keys that a query must not see."""
     B, S, H, _ = q_BSHD.shape
     if hidden_BST is not None:
         hidden_BST = F.broadcast_to(F.expand_dims(hidden_BST, 1), (B, 1, S, k_BTKD.shape[1]))

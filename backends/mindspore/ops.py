@@ -341,7 +341,7 @@ class _LinearCrossEntropy(ms.nn.Cell):
     """Computes the logits of a chunk of rows at a time, once forward and once backward.
 
     Each chunk waits for the one before (`depend`), else a compiled graph may hold all of them.
-    A `bprop` cannot be compiled if a function that it calls holds an `if`.
+    A `bprop` cannot be compiled if a function that it calls holds an `if` statement.
     """
 
     def construct(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_operators_run_everywhere(module):
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         kinds = [node, *getattr(node, "ops", []), getattr(node, "op", None)]
         found |= {OPERATORS[type(k)] for k in kinds if type(k) in OPERATORS}
-    assert {"add", "mul"} <= found | {"add", "mul"}
+    assert found
     for name in found:
         assert platforms(getattr(mindspore.ops, name)) >= EVERYWHERE, name
 

@@ -14,6 +14,7 @@ import pytest
 import backends
 from backends import contract
 from backends.mindspore import nn, ops
+from tests.backend.test_ops import CASES, case_id, convert
 
 RNG = np.random.default_rng(0)
 V, D, H, K, E, S = 23, 32, 4, 2, 8, 6
@@ -114,6 +115,41 @@ def assert_same_gradients(found, expected):
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         assert_close(found[1][name], gradient)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_op_compiles(case, runtime):
+    """The cases of the contract, whose eager values tests/backend compares with NumPy."""
+    name, args, options = case
+    args = [convert(a, runtime.tensor) for a in args]
+    places = [n for n, a in enumerate(args) if isinstance(a, ms.Tensor)]
+    tensors = {k: runtime.tensor(v) for k, v in options.items() if isinstance(v, np.ndarray)}
+    constants = {k: v for k, v in options.items() if k not in tensors}
+    operation = getattr(ops, name)
+
+    def function(*inputs):
+        full = list(args)
+        for n, place in enumerate(places):
+            full[place] = inputs[n]
+        named = dict(constants)
+        for n, key in enumerate(tensors):
+            named[key] = inputs[len(places) + n]
+        return operation(*full, **named)
+
+    inputs = [*(args[n] for n in places), *tensors.values()]
+    assert_close(
+        runtime.numpy(runtime.compile(function)(*inputs)), runtime.numpy(function(*inputs))
+    )
+
+
+def test_dtypes_by_name_and_by_tensor(runtime):
+    def function(x):
+        half = ops.cast(x, "float16")
+        return ops.zeros((2, 3), half.dtype), ops.cast(half, x.dtype), ops.zeros((1,), "int64")
+
+    for run in (function, runtime.compile(function)):
+        dtypes = [t.dtype for t in run(runtime.tensor(np.ones(2)))]
+        assert dtypes == [ms.float16, ms.float32, ms.int64]
 
 
 def test_names_of_parameters_are_their_paths(tiny, runtime):

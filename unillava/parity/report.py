@@ -41,7 +41,7 @@ WIDE, NARROW = (960, 340), (380, 300)
 LIKE_NOISE = 3.0
 """A difference of at most so many times the reference's own noise looks like rounding."""
 MOST_ROWS = 12
-"""Rows of the table of worst tensors."""
+"""Rows of the table of worst tensors, shared by the backends."""
 THUMBNAIL = 320
 """Longer side of a picture in the report, in pixels."""
 
@@ -476,14 +476,16 @@ def _summary(report: Report) -> list[list[Judgement]]:
 def _worst_rows(report: Report, kind: str) -> list[tuple[str, Difference, float | None]]:
     """(backend, tensor, the reference's own noise in it), worst first."""
     noise = report.output_noise if kind == "outputs" else report.gradient_noise
-    rows = {}
+    rows, most = [], max(MOST_ROWS // len(report.candidates), 4)
     for candidate in report.candidates:
+        own: dict[tuple[float, ...], Difference] = {}
         for d in getattr(candidate.run, kind):
             if d.relative > 0:
                 # The last linear of a module gives the module's own output: one line for both.
-                same = (candidate.label, d.max_abs, d.mean_abs, d.scale)
-                rows.setdefault(same, (candidate.label, d, noise.get(d.name)))
-    return sorted(rows.values(), key=lambda row: -row[1].relative)[:MOST_ROWS]
+                own.setdefault((d.max_abs, d.mean_abs, d.scale), d)
+        chosen = sorted(own.values(), key=lambda d: -d.relative)[:most]
+        rows += [(candidate.label, d, noise.get(d.name)) for d in chosen]
+    return sorted(rows, key=lambda row: -row[1].relative)
 
 
 def _reply_row(report: Report, n: int) -> dict[str, Any]:
