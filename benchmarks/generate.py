@@ -195,7 +195,8 @@ class Side:
             text=True,
             env=os.environ | threads,
         )
-        self.name, self.about = name, self._answer()
+        self.name = name  # before the first answer, whose failure names it
+        self.about = self._answer()
 
     def run(self, new_tokens: int) -> tuple[float, list[int]]:
         self.process.stdin.write(f"{new_tokens}\n")

@@ -39,11 +39,15 @@ echo "== unillava parity $MODEL --image $PHOTO"
 
 cat <<END
 
-What to look at:
-  $FOLDER/parity.html          every layer, gradient and token of the three frameworks compared
-  $MODEL    the checkpoint: config.json, safetensors shards, tokenizer, processor files
-Next, from this folder:
+What to look at
+  $FOLDER/parity.html
+      every layer, gradient and token of the three frameworks compared (open it in a browser)
+  $MODEL
+      the checkpoint: config.json, safetensors shards, tokenizer, processor files
+Next, in this folder
   source .venv/bin/activate
-  unillava chat $MODEL --image $PHOTO          talk in the terminal (your own checkpoint: its folder)
-  unillava doctor                                              what this machine has
+  unillava chat $MODEL --image $PHOTO
+      talk in the terminal; give your own checkpoint's folder or hub id instead
+  unillava doctor
+      what this machine has, and what does not fit together
 END

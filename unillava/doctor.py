@@ -96,6 +96,8 @@ class Findings:
     """What was found on this machine. Sizes in bytes, None: unknown."""
 
     python: str
+    prefix: str
+    """Folder of the Python environment."""
     system: str
     machine: str
     memory: int | None
@@ -134,6 +136,7 @@ def examine() -> Findings:
     )
     return Findings(
         python=platform.python_version(),
+        prefix=sys.prefix,
         system=f"{platform.system()} {platform.release()}",
         machine=platform.machine(),
         memory=_memory(),
@@ -348,6 +351,17 @@ def _python(f: Findings) -> Iterator[Problem]:
             "note",
             f"there is no MindSpore wheel for Python {f.python}",
             "use Python 3.10, 3.11 or 3.12 if you want the MindSpore backend",
+        )
+
+
+@_rule
+def _spaces(f: Findings) -> Iterator[Problem]:
+    if " " in f.prefix and f.packages["torch"]:
+        yield Problem(
+            "note",
+            "the path of the Python environment has a space in it, and torch.compile (--compile) "
+            "then fails to link on the CPU",
+            "make the environment in a folder without spaces if you want --compile",
         )
 
 

@@ -32,6 +32,10 @@ FUSED = False
 CHUNK_BYTES = 32 * 2**20
 """Float32 logits that `linear_cross_entropy` holds at a time."""
 
+WIDE = ms.float64
+"""What a softmax is computed in; set by runtime.setup. The float32 `exp` of MindSpore's CPU kernels
+is off by up to 1e-5 of its value, ten times what its neighbours are, so there it is float64."""
+
 LOWEST = -3.0e38
 """Score of a key that a query must not see: its weight underflows to exactly 0."""
 
@@ -120,9 +124,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 def softmax(x: Tensor, axis: int) -> Tensor:
-    if x.dtype == ms.float32:
-        return F.softmax(x, axis)
-    return F.cast(F.softmax(F.cast(x, ms.float32), axis), x.dtype)
+    return F.cast(F.softmax(F.cast(x, WIDE), axis), x.dtype)
 
 
 def gelu(x: Tensor, approximate: bool) -> Tensor:
@@ -261,7 +263,7 @@ def _many_queries(
         # One row for each key/value head, to which the same mask is added.
         hidden_KX = _add_row(F.reshape(scores_KBRT, (K, -1)), _mask_row(visible_BST, B, G, S))
         scores_KBRT = F.reshape(hidden_KX, (K, B, G * S, T))
-    weights_KBRT = F.cast(F.softmax(scores_KBRT, -1), q_BSHD.dtype)
+    weights_KBRT = F.cast(softmax(scores_KBRT, -1), q_BSHD.dtype)
     out_KBRD = F.matmul(weights_KBRT, F.transpose(v_BTKD, (2, 0, 1, 3)))
     out_KBGSD = F.reshape(out_KBRD, (K, B, G, S, D))
     return F.reshape(F.transpose(out_KBGSD, (1, 3, 0, 2, 4)), (B, S, H, D))
@@ -292,7 +294,7 @@ def _one_query(
     scores_BHT = F.cast(scores_BHT, ms.float32)
     if visible_B1T is not None:
         scores_BHT = F.where(visible_B1T, scores_BHT, LOWEST)
-    weights_BHT = F.cast(F.softmax(scores_BHT, -1), q_B1HD.dtype)
+    weights_BHT = F.cast(softmax(scores_BHT, -1), q_B1HD.dtype)
     out_BHX = F.bmm(weights_BHT, F.reshape(v_BTKD, (B, T, K * D)))
     out_BKGKD = F.reshape(out_BHX, (B, K, H // K, K, D)) * own_1K1K1
     return F.reshape(F.sum(out_BKGKD, 3), (B, 1, H, D))
@@ -329,7 +331,7 @@ def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> T
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    log_weights_NV = F.log_softmax(F.cast(logits_NV, ms.float32), -1)
+    log_weights_NV = F.cast(F.log_softmax(F.cast(logits_NV, WIDE), -1), ms.float32)
     return -F.reshape(F.gather_elements(log_weights_NV, 1, F.expand_dims(targets_N, 1)), (-1,))
 
 
@@ -387,7 +389,7 @@ def _loss_slope(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """softmax(logits) - one_hot(target), float32: the gradient of each row's loss."""
     N = logits_NV.shape[0]
     places_N2 = F.stack((_positions(N), F.maximum(targets_N, 0)), -1)
-    weights_NV = F.softmax(F.cast(logits_NV, ms.float32), -1)
+    weights_NV = softmax(F.cast(logits_NV, ms.float32), -1)
     return F.tensor_scatter_add(weights_NV, places_N2, Tensor(np.full(N, -1.0, np.float32)))
 
 

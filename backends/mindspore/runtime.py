@@ -75,6 +75,7 @@ def setup(device: str, dtype: str, kernels: str = "auto") -> None:
         _set_device(name)
     _STATE.update(device=name, dtype=dtype, setups=_STATE["setups"] + 1)
     ops.FUSED = name.startswith("ascend") and kernels == "auto"
+    ops.WIDE = ms.float64 if name == "cpu" else ms.float32
     nn.DTYPE = ops.DTYPES[dtype]
 
 

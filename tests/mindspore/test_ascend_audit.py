@@ -28,7 +28,17 @@ OPERATORS = {
 }  # fmt: skip
 """Operators on tensors -> the function of mindspore.ops that they stand for."""
 
-NOT_FUNCTIONS = {"float32", "float16", "bfloat16", "int64", "int32", "bool_", "uint8", "nn"}
+NOT_FUNCTIONS = {
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "bool_",
+    "uint8",
+    "nn",
+}
 """Attributes of the package itself: dtypes, and the module of its layers."""
 
 

@@ -16,6 +16,7 @@ from unillava.doctor import GIB, Backend, Findings, diagnose, usable
 
 SOUND = Findings(
     python="3.11.7",
+    prefix="/opt/env",
     system="Linux 6.1",
     machine="x86_64",
     memory=64 * GIB,
@@ -54,6 +55,7 @@ CASES = {
     "future transformers": (with_packages(transformers="6.0.0"), "error", "6.0.0"),
     "no transformers": (with_packages(transformers=None), "error", "not installed"),
     "python without MindSpore": (replace(SOUND, python="3.14.0"), "note", "Python 3.14.0"),
+    "space in the path": (replace(SOUND, prefix="/my env"), "note", "torch.compile"),
     "paddlenlp": (with_packages(paddlenlp="3.0.0b4"), "warning", "needs transformers below 5"),
     "no av": (with_packages(av=None), "note", "PyAV"),
     "ml_dtypes": (with_packages(numpy="1.26.4", ml_dtypes="0.6.0"), "warning", "ml_dtypes 0.6.0"),
