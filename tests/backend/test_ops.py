@@ -199,6 +199,20 @@ def test_gradient(case, ops, runtime):
             assert abs(found - expected) <= TOLERANCE * scale + 1e-7
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[0] in ("attention", "rms_norm")], ids=case_id
+)
+def test_portable_kernels(case, ops, runtime):
+    """The other side of the one switch between fused and portable kernels."""
+    device, dtype = runtime.current()
+    runtime.setup(device, dtype, "portable")
+    try:
+        test_forward(case, ops, runtime)
+        test_gradient(case, ops, runtime)
+    finally:
+        runtime.setup(device, dtype, "auto")
+
+
 def test_argmax(ops, runtime):
     x = normal(4, 9)
     found = runtime.numpy(ops.argmax(runtime.tensor(x), axis=-1))
