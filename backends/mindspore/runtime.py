@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import resource
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from mindspore.common.np_dtype import bfloat16 as numpy_bfloat16
 
 from backends.errors import BackendError
 from backends.mindspore import nn, ops
+from backends.process import peak_resident_bytes
 
 _STATE: dict[str, Any] = {"device": None, "dtype": "float32", "setups": 0}
 
@@ -260,6 +259,4 @@ def synchronize() -> None:
 def peak_memory() -> int:
     if _STATE["device"] != "cpu":
         return ms.runtime.max_memory_allocated()
-    # ru_maxrss is in bytes on macOS, in KiB on Linux.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import resource
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +15,7 @@ from paddle.distributed.fleet.utils import recompute as _recompute
 
 from backends.errors import BackendError
 from backends.paddle import _fused, _state
+from backends.process import peak_resident_bytes
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Floating dtypes, best first for inference."""
@@ -118,9 +117,7 @@ def synchronize() -> None:
 def peak_memory() -> int:
     if _state.device != "cpu":
         return paddle.device.max_memory_allocated(_state.device)
-    # ru_maxrss is in bytes on macOS, in KiB on Linux.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()
 
 
 # --- NumPy in and out ------------------------------------------------------------------------

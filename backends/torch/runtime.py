@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import resource
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 import torch.utils.checkpoint
 
 from backends.errors import BackendError
+from backends.process import peak_resident_bytes
 from backends.torch import ops
 
 if importlib.util.find_spec("torch_npu"):
@@ -196,6 +195,4 @@ def synchronize() -> None:
 def peak_memory() -> int:
     if ops.DEVICE.type in ("cuda", "npu", "xpu"):
         return getattr(torch, ops.DEVICE.type).max_memory_allocated()
-    # ru_maxrss is in bytes on macOS, in KiB on Linux.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()

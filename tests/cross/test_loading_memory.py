@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 PROBE = """
-import json, resource, sys
+import json, sys
 import backends
+from backends.process import peak_resident_bytes
 runtime = backends.select(sys.argv[1], device="cpu", dtype="float32")
 import numpy as np
 from unillava.checkpoint import open_checkpoint
@@ -20,10 +21,10 @@ from unillava.loading import load_network
 from unillava.models.llava import Llava
 checkpoint = open_checkpoint(sys.argv[2])
 runtime.numpy(runtime.tensor(np.zeros(4, np.float32)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident_bytes()
 network = load_network(checkpoint)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"grown": (after - before) * 1024}))
+after = peak_resident_bytes()
+print(json.dumps({"grown": after - before}))
 """
 
 MODEL = {

@@ -392,8 +392,9 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
 def test_copying_a_large_checkpoint_stays_small(tmp_path: Path) -> None:
     """Peak memory below 3 * largest tensor + 200 MiB, in a process of its own."""
     script = """
-        import resource, sys
+        import sys
         import numpy as np
+        from backends.process import peak_resident_bytes
         from weight_convert.storage.safetensors import open_directory, write_shards
 
         source, target = sys.argv[1:]
@@ -402,7 +403,7 @@ def test_copying_a_large_checkpoint_stays_small(tmp_path: Path) -> None:
         write_shards(source, table, ((name, zeros) for name in table), max_shard_bytes=2**27)
         stored = open_directory(source)
         write_shards(target, table, ((n, place.read()) for n, place in stored.items()))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(peak_resident_bytes() // 2**20)
     """
     arguments = [str(tmp_path / "source"), str(tmp_path / "target")]
     output = subprocess.run(
