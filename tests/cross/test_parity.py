@@ -91,8 +91,18 @@ def test_torch_computes_what_transformers_computes(tiny, photo):
     assert all(done <= total for _, done, total, _ in steps)
 
 
-def test_all_backends_compute_the_same(tiny, photo):
-    directory = tiny("llava_next")
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("llava_next", "llama", "clip"),
+        ("llava_next", "llama3", "siglip"),
+        ("llava", "qwen2", "siglip"),
+        ("llava_next_video", "mistral", "clip"),
+    ],
+    ids="-".join,
+)
+def test_all_backends_compute_the_same(model, tiny, photo):
+    directory = tiny(*model)
     report = run_parity(Settings(str(directory), images=(str(photo),), repeats=1, new_tokens=12))
     assert (report.reference, [c.label for c in report.candidates]) == (
         "torch", ["mindspore", "paddle"],
