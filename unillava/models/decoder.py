@@ -58,24 +58,7 @@ class Attention(nn.Module):
             )
         )
 
-    def prefill(
-        self,
-        x_BSD: Tensor,
-        cos_BSE: Tensor,
-        sin_BSE: Tensor,
-        start_B: Tensor,
-        k_BTKE: Tensor,
-        v_BTKE: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `forward` from an empty cache, and the cache filled."""
-        q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE)
-        x_BSHE = ops.attention(
-            q_BSHE, k_BSKE, v_BSKE, scale=self.scale, causal=True, window=self.window
-        )
-        k_BTKE = ops.cache_update(k_BTKE, k_BSKE, start_B)
-        return self.out(x_BSHE), k_BTKE, ops.cache_update(v_BTKE, v_BSKE, start_B)
-
-    def decode(
+    def cached(
         self,
         x_BSD: Tensor,
         cos_BSE: Tensor,
@@ -86,23 +69,29 @@ class Attention(nn.Module):
         visible: int,
         uneven: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next position of each row, at `start_b`; reads the first `visible` cache rows.
+        """Write the positions at `start_b` into the caches, and attend.
 
-        Only `uneven` rows need a mask: the others have filled all that is visible.
+        With `visible` 0 the caches were empty: the new keys are all there are (prefill). Else one
+        position per row reads the first `visible` cache rows; only `uneven` rows need a mask, the
+        others have filled all that is visible.
         """
         q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE)
         k_BTKE = ops.cache_update(k_BTKE, k_BSKE, start_B)
         v_BTKE = ops.cache_update(v_BTKE, v_BSKE, start_B)
-        masked = uneven or self.window is not None
-        whole = visible == tuple(k_BTKE.shape)[1]  # a slice of everything still costs a copy
+        seen_k, seen_v = k_BSKE, v_BSKE
+        if visible > 0:
+            whole = visible == tuple(k_BTKE.shape)[1]  # a slice of everything still costs a copy
+            seen_k = k_BTKE if whole else k_BTKE[:, :visible]
+            seen_v = v_BTKE if whole else v_BTKE[:, :visible]
+        masked = visible > 0 and (uneven or self.window is not None)
         x_BSHE = ops.attention(
             q_BSHE,
-            k_BTKE if whole else k_BTKE[:, :visible],
-            v_BTKE if whole else v_BTKE[:, :visible],
+            seen_k,
+            seen_v,
             scale=self.scale,
-            causal=masked,
+            causal=masked or visible == 0,
             lengths_B=start_B + 1 if masked else None,
-            window=self.window,
+            window=self.window if masked or visible == 0 else None,
         )
         return self.out(x_BSHE), k_BTKE, v_BTKE
 
@@ -144,22 +133,7 @@ class Block(nn.Module):
     def feed_forward(self, x_BSD: Tensor) -> Tensor:
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
-    def prefill(
-        self,
-        x_BSD: Tensor,
-        cos_BSE: Tensor,
-        sin_BSE: Tensor,
-        start_B: Tensor,
-        k_BTKE: Tensor,
-        v_BTKE: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        h_BSD = self.input_layernorm(x_BSD)
-        y_BSD, k_BTKE, v_BTKE = self.self_attn.prefill(
-            h_BSD, cos_BSE, sin_BSE, start_B, k_BTKE, v_BTKE
-        )
-        return self.feed_forward(x_BSD + y_BSD), k_BTKE, v_BTKE
-
-    def decode(
+    def cached(
         self,
         x_BSD: Tensor,
         cos_BSE: Tensor,
@@ -170,8 +144,9 @@ class Block(nn.Module):
         visible: int,
         uneven: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, through the caches: see `Attention.cached`."""
         h_BSD = self.input_layernorm(x_BSD)
-        y_BSD, k_BTKE, v_BTKE = self.self_attn.decode(
+        y_BSD, k_BTKE, v_BTKE = self.self_attn.cached(
             h_BSD, cos_BSE, sin_BSE, start_B, k_BTKE, v_BTKE, visible, uneven
         )
         return self.feed_forward(x_BSD + y_BSD), k_BTKE, v_BTKE
@@ -197,23 +172,7 @@ class Stack(nn.Module):
             x_BSD = layer(x_BSD, cos_BSE, sin_BSE, segment_ids_BS)
         return self.norm(x_BSD)
 
-    def prefill(
-        self,
-        x_BSD: Tensor,
-        cos_BSE: Tensor,
-        sin_BSE: Tensor,
-        start_B: Tensor,
-        caches: tuple[Tensor, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        filled: tuple[Tensor, ...] = ()
-        for n, layer in enumerate(self.layers):
-            x_BSD, k_BTKE, v_BTKE = layer.prefill(
-                x_BSD, cos_BSE, sin_BSE, start_B, caches[2 * n], caches[2 * n + 1]
-            )
-            filled = (*filled, k_BTKE, v_BTKE)
-        return self.norm(x_BSD), filled
-
-    def decode(
+    def cached(
         self,
         x_BSD: Tensor,
         cos_BSE: Tensor,
@@ -223,9 +182,10 @@ class Stack(nn.Module):
         visible: int,
         uneven: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `forward`, through the caches: see `Attention.cached`."""
         filled: tuple[Tensor, ...] = ()
         for n, layer in enumerate(self.layers):
-            x_BSD, k_BTKE, v_BTKE = layer.decode(
+            x_BSD, k_BTKE, v_BTKE = layer.cached(
                 x_BSD,
                 cos_BSE,
                 sin_BSE,

@@ -159,8 +159,8 @@ class Llava(nn.Module):
         """
         cos_BSE = ops.take_rows(cos_LE, position_ids_BS)
         sin_BSE = ops.take_rows(sin_LE, position_ids_BS)
-        hidden_BSD, caches = self.language_model.model.prefill(
-            embeds_BSD, cos_BSE, sin_BSE, start_B, caches
+        hidden_BSD, caches = self.language_model.model.cached(
+            embeds_BSD, cos_BSE, sin_BSE, start_B, caches, 0, False
         )
         D = tuple(hidden_BSD.shape)[-1]
         last_BD = ops.take_rows(ops.reshape(hidden_BSD, (-1, D)), last_B)
@@ -185,7 +185,7 @@ class Llava(nn.Module):
         embeds_BSD = self.language_model.model.embed_tokens(input_ids_BS)
         cos_BSE = ops.take_rows(cos_LE, position_ids_BS)
         sin_BSE = ops.take_rows(sin_LE, position_ids_BS)
-        hidden_BSD, caches = self.language_model.model.decode(
+        hidden_BSD, caches = self.language_model.model.cached(
             embeds_BSD, cos_BSE, sin_BSE, start_B, caches, visible, uneven
         )
         return self.logits(hidden_BSD[:, -1]), caches
