@@ -17,11 +17,12 @@ EXTRAS = {
     # then fail at run time.
     "mindspore": ["mindspore>=2.5,<3", "numpy<2"],
     "paddle": ["paddlepaddle>=3.0,<4"],
+    "train": ["grain>=0.2.12", "matplotlib>=3.8", "tensorboardX>=2.6"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
     "video": ["av>=12"],
 }
 ALL = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-DEV = ["hypothesis>=6.100", "ml_dtypes<0.6", "pytest>=8", "ruff>=0.11", "sentencepiece>=0.2"]
+DEV = ["hypothesis>=6.100", "ml_dtypes<0.6", "peft>=0.15", "pytest>=8", "ruff>=0.11"]
 
 setup(
     name="unillava",
@@ -41,6 +42,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4.3",
+        "sentencepiece>=0.2",  # tokenizers that are a tokenizer.model alone
         "tokenizers>=0.20",
         "transformers>=4.45,<6",
         "typer>=0.12",

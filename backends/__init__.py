@@ -130,7 +130,7 @@ def _automatic() -> str:
 
 
 def __getattr__(attribute: str) -> Any:
-    if attribute in ("nn", "ops", "runtime"):
+    if attribute in ("nn", "ops", "runtime", "training", "parallel"):
         if NAME is None or attribute == "runtime":
             select(NAME)
         return importlib.import_module(f"backends.{NAME}.{attribute}")

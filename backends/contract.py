@@ -19,10 +19,13 @@ basic slicing (`x[:, 1:]`, `x[..., None]`), and `.shape` (read with `tuple(x.sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+
+from backends.quantised import dequantise
 
 Tensor = Any
 """A native tensor of the chosen framework; here np.ndarray."""
@@ -108,6 +111,15 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return y if bias_O is None else y + bias_O
 
 
+def quantised_linear(x: Tensor, codes: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
+    """`linear` with a weight in 8 or 4 bits; kinds and storage: `backends/quantised.py`.
+
+    The weight is read back in float32 and cast to the dtype of x, forward and backward anew, so
+    that it is never kept. The gradient goes to x alone.
+    """
+    return linear(x, dequantise(codes, scale_OG, kind))
+
+
 def softmax(x: Tensor, axis: int) -> Tensor:
     """Softmax over `axis`, computed in float32 at least, in the dtype of `x`."""
     e = np.exp(x - np.max(x, axis=axis, keepdims=True))
@@ -139,6 +151,28 @@ def relu(x: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up` (arXiv 2002.05202), fused where the framework can."""
     return silu(gate) * up
+
+
+# --- dropout ---------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, rows: Tensor, columns_D: Tensor, salt: int, rate: float) -> Tensor:
+    """x with a share `rate` of its entries zero, and the others divided by 1 - rate.
+
+    Which ones follows from the arguments alone, the same everywhere: `row * salt * column` in
+    wrapping int32 arithmetic is below the share `rate` of all int32 numbers (multiply-shift
+    hashing). rows [x.shape[:-1]] and columns are random odd int32 numbers (as int64), `salt` an
+    odd int32 that tells layers apart.
+    """
+    with np.errstate(over="ignore"):
+        row = rows.astype(np.int32) * np.int32(salt)
+        number = row[..., None] * columns_D.astype(np.int32)
+    return np.where(number >= dropout_limit(rate), x / (1 - rate), 0)
+
+
+def dropout_limit(rate: float) -> int:
+    """The int32 number that the share `rate` of all is below. Not an op."""
+    return round(rate * 2**32) - 2**31
 
 
 # --- normalisation ---------------------------------------------------------------------------
@@ -450,6 +484,16 @@ def grad_of(function: Callable[..., Tensor], *args: Tensor) -> list[np.ndarray]:
     raise NotImplementedError
 
 
+def set_trained(module: Any, names: Collection[str]) -> None:
+    """Train exactly these parameters: they become float32, with gradients; all others none.
+
+    Called between `build` and `assign`; parameters keep their dtype when assigned. Layers cast a
+    parameter to the type of what they multiply it with, so computing in bfloat16 with float32
+    parameters is mixed precision with nothing hidden.
+    """
+    raise NotImplementedError
+
+
 def recompute(layer: Any) -> None:
     """From now on the layer keeps no activations: the backward pass runs it again."""
     raise NotImplementedError
@@ -478,17 +522,224 @@ def peak_memory() -> int:
     raise NotImplementedError
 
 
+def device_name() -> str:
+    """What the maker calls the device in force: "NVIDIA A100-SXM4-80GB", "Ascend910B3"."""
+    raise NotImplementedError
+
+
+def device_memory() -> int | None:
+    """Bytes the device has in all (on cpu: that processes can still take); None: not known."""
+    raise NotImplementedError
+
+
+# --- training (signatures only; `backends/<name>/training.py`) --------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate and a decay."""
+
+    name: str
+    parameters: tuple[str, ...]
+    """Canonical names."""
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimizer (Loshchilov and Hutter, arXiv 1711.05101); all written out.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  at step t, counted from 1:
+    p = p - lr * decay * p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = None
+    """Gradients of all groups together are scaled down to this Euclidean norm (torch's
+    clip_grad_norm_: factor clip / (norm + 1e-6), at most 1); None: not clipped."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What an update did."""
+
+    total: float
+    """Global norm of the gradients (true size: without the loss scale) before clipping, over all
+    groups and ranks; inf or nan if a gradient is not finite."""
+    groups: dict[str, float]
+    skipped: bool = False
+    """A gradient is not finite, so nothing was changed but the loss scale."""
+
+
+LOSS_SCALE_PATIENCE = 2000
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """Dynamic loss scaling for float16 compute (arXiv 1710.03740), the rule of torch's GradScaler.
+
+    The backward pass starts from `scale * value` times `size`; the gradients are divided by it
+    in float32 before they are measured, clipped and used. Only with float16 compute: with
+    float32 and bfloat16 there is none, and a gradient that is not finite is skipped all the same.
+    """
+
+    size: float = 2.0**16
+    good: int = 0
+    """Updates since the size last changed, none of them skipped."""
+
+    def after(self, skipped: bool) -> LossScale:
+        """What the next update uses: half after a skipped one (at least 1), double after
+        LOSS_SCALE_PATIENCE good ones in a row."""
+        if skipped:
+            return LossScale(max(1.0, self.size / 2))
+        if self.good + 1 == LOSS_SCALE_PATIENCE:
+            return LossScale(self.size * 2)
+        return LossScale(self.size, self.good + 1)
+
+
+class Engine:
+    """Trains a module: gradients, their exchange between ranks, clipping, AdamW.
+
+    The module's `forward` takes positional tensors (None where there is nothing) and returns a
+    float32 scalar, the sum of what is to be minimised over its batch. Trained parameters are
+    float32, whatever the compute dtype (`runtime.set_trained`); the moments are, too.
+
+    Gradients are summed over micro-batches and over ranks, never averaged: who wants a mean over
+    the global batch passes its denominator in `scale`, and gets the same result with any number
+    of ranks and micro-batches.
+
+    The groups together name every trained parameter exactly once. All of them take part in every
+    update: where no loss depends on one, its gradient is zero (its moments fade, it decays), on
+    every framework and with any number of ranks.
+
+    Engines that shard need every rank to call `accumulate` equally often, and with the same
+    inputs being None (a batch without pictures carries a spare tile): each call is collective.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        groups: Sequence[Group],
+        settings: AdamW,
+        *,
+        strategy: str = "single",
+        compiled: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`strategy`: one of the backend's STRATEGIES (single; ddp, fsdp, zero2, zero3; …).
+
+        `options` go to the native engine (a DeepSpeed configuration, …). Every rank constructs
+        its engine at the same time. Raises BackendError for an unknown strategy, naming those
+        that this backend has, if the world has another size than the strategy can take, or if
+        the groups are not a partition of the trained parameters.
+        """
+        raise NotImplementedError
+
+    def accumulate(
+        self, inputs: Sequence[np.ndarray | None], scale: float, last: bool = False
+    ) -> float:
+        """Forward and backward of one micro-batch; returns `scale` times the module's value.
+
+        The value is this rank's, not the sum over ranks. Inputs are converted as by
+        `runtime.tensor`, except float64 arrays, which stay float32 whatever the compute dtype
+        (rotary tables, loss weights).
+
+        `last` promises that `update` comes next, so that an engine can exchange gradients while
+        the backward pass still runs; it changes no result, and an engine may ignore it. Without
+        it `update` exchanges what is not yet exchanged.
+        """
+        raise NotImplementedError
+
+    def update(self, rates: Mapping[str, float]) -> Norms:
+        """Exchange and clip the accumulated gradients, take one AdamW step, clear gradients.
+
+        `rates`: learning rate of each group. Collective: every rank calls it.
+        """
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        """Updates taken so far, the t of AdamW (skipped ones do not count)."""
+        raise NotImplementedError
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """What the next `accumulate` uses; None unless computing in float16."""
+        raise NotImplementedError
+
+    def state(self) -> Iterator[tuple[str, str, np.ndarray | None]]:
+        """(canonical name, `parameter` | `exp_avg` | `exp_avg_sq`, array) of all trained ones.
+
+        float32, canonical orientation, whole tensors. Collective: every rank iterates, in the same
+        order; a tensor comes as an array on exactly one rank (its owner, spread evenly over the
+        ranks) and as None on the others. At most one tensor is gathered at a time. An array may
+        be a view of what the engine goes on to change: copy it to keep it past the next update.
+        """
+        raise NotImplementedError
+
+    def restore(
+        self,
+        steps: int,
+        read: Callable[[str, str], np.ndarray],
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        """Set all that `state` gives, `steps` and the loss scale (None: as at the start).
+
+        `read(name, kind)` returns whole tensors. Collective; each rank reads what it needs (a
+        slice may be taken at once).
+        """
+        raise NotImplementedError
+
+
+def world() -> tuple[int, int]:
+    """(rank, size) of this process, as its launcher says; (0, 1) without one.
+
+    `backends/<name>/parallel.py`, as the three below.
+    """
+    raise NotImplementedError
+
+
+def start(strategy: str, timeout: float = 1800.0) -> None:
+    """Join the group of processes, before anything is built; nothing to do for `single`.
+
+    The process takes the device of its local rank. `timeout`: seconds that an exchange waits for
+    the other ranks before it fails, where the framework lets one say so.
+
+    Raises BackendError for an unknown strategy, or `single` with several processes.
+    """
+    raise NotImplementedError
+
+
+def sum_over_ranks(array: np.ndarray) -> np.ndarray:
+    """The element-wise sum of an int64 or float64 array over all ranks, exact for integers."""
+    raise NotImplementedError
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    raise NotImplementedError
+
+
+def stop() -> None:
+    """Leave the group of processes."""
+    raise NotImplementedError
+
+
 OPS = (
     "reshape transpose concat broadcast_to cast zeros take_rows reduce_sum reduce_mean reduce_max "
-    "argmax where matmul linear softmax gelu quick_gelu silu relu swiglu layer_norm rms_norm "
-    "rotary attention cache_update patch_embed cross_entropy linear_cross_entropy stop_gradient"
+    "argmax where matmul linear quantised_linear softmax gelu quick_gelu silu relu swiglu dropout "
+    "layer_norm rms_norm rotary attention cache_update patch_embed cross_entropy "
+    "linear_cross_entropy stop_gradient"
 ).split()
 LAYERS = "Linear Embedding LayerNorm RMSNorm PatchEmbed".split()
 STRUCTURE = "Module ModuleList parameter".split()
 """Module: the framework's base class, whose subclasses define `forward`. ModuleList: its list
-of modules. `parameter(shape)`: a bare parameter to assign to an attribute of a Module."""
+of modules. `parameter(shape, dtype=None)`: a bare parameter to assign to an attribute of a Module;
+int8 and uint8 are frozen, float32 stays so, None is the dtype in force."""
 RUNTIME = (
     "versions devices supported_dtypes setup current seed tensor tensor32 numpy build "
-    "parameter_shapes assign fetch no_grad value_and_grad grad_of recompute watch compile "
-    "synchronize peak_memory"
+    "parameter_shapes assign fetch no_grad value_and_grad grad_of set_trained recompute watch "
+    "compile synchronize peak_memory device_name device_memory"
 ).split()

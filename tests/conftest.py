@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no fault of the code under test.
+settings.register_profile("unillava", deadline=None)
+settings.load_profile("unillava")
 
 DATA = Path(__file__).with_name("data")
 

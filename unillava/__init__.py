@@ -30,11 +30,14 @@ def load(
     compile: bool = False,
     kernels: str | None = None,
     num_frames: int = 8,
+    base: str | None = None,
+    vision: str | None = None,
 ) -> Model:
     """Open a checkpoint and make it ready to chat.
 
     Args:
-        path: a directory, or a hub id (`llava-hf/llava-1.5-7b-hf`).
+        path: a checkpoint of any dialect (`unillava convert --list`): a directory, a file of
+            weights, or a hub id (`llava-hf/llava-1.5-7b-hf`).
         backend: torch, mindspore or paddle; None: UNILLAVA_BACKEND, else what is installed and
             which device is there. One backend per process.
         dtype: float32, float16 or bfloat16; None: the checkpoint's own on an accelerator that
@@ -44,6 +47,9 @@ def load(
         compile: use the framework's compiler; gives the same tokens.
         kernels: auto (fused where possible) or portable; None: UNILLAVA_KERNELS, else auto.
         num_frames: frames taken from a video, evenly spread from the first to the last.
+        base: a checkpoint that gives what this one lacks: the configuration and tokenizer of a
+            bare weight file, or the model that an adapter belongs to.
+        vision: the directory of the vision tower, if the checkpoint has none inside.
 
     Raises:
         UnillavaError: what is wrong with the checkpoint, the backend or the options.
@@ -59,4 +65,6 @@ def load(
         compiled=compile,
         kernels=kernels,
         num_frames=num_frames,
+        base=base,
+        vision=vision,
     )

@@ -1,17 +1,17 @@
-"""A checkpoint directory in the Hugging Face layout: opened, checked, read lazily.
+"""A checkpoint of any dialect: opened, checked, read lazily, in canonical terms.
 
 Everything is judged by content. Opening reads the JSON files and the headers of the weight
-files; tensors are mapped one at a time. Nothing is ever unpickled, and the network is used only
-for a hub id, never for a path that exists.
+files; tensors are mapped one at a time. Pickles are read with an allow-list, and the network is
+used only for a hub id, never for a path that exists.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,18 @@ import numpy as np
 from unillava.config import read_spec
 from unillava.errors import CheckpointError, ConfigError
 from unillava.spec import LlavaSpec, parameter_table
-from weight_convert.dialects.detect import ORIGINAL, recognise
-from weight_convert.dialects.hf import canonical_name, is_buffer
-from weight_convert.storage.safetensors import INDEX_FILE, SINGLE_FILE, Stored, open_directory
+from weight_convert.contents import look
+from weight_convert.dialects import registry
+from weight_convert.opening import open_source
+from weight_convert.source import Content, Options, Source, as_json, describe_parts, parse_json
+from weight_convert.storage.tensor import Tensor
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What is downloaded: no pickles, no code."""
+"""What is downloaded first: no code, and no pickles where there are safetensors."""
+HUB_PICKLES = ["*.bin", "*.pdparams"]
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 """Any one of these sets is a tokenizer."""
-EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 MOST_NAMES = 5
 """How many tensors of one kind an error lists."""
 
@@ -40,20 +42,25 @@ class Checkpoint:
     """An opened checkpoint. `check` compares the tensors with the configuration."""
 
     directory: Path
+    """The directory, or the file of weights."""
+    dialect: str
+    """The layout it is stored in, as `unillava convert --list` names it."""
     config: dict[str, Any]
-    """config.json as it stands."""
+    """The canonical config.json."""
     spec: LlavaSpec
     processor_config: dict[str, Any]
     """Image processor settings, merged over processor_config.json; video ones nested."""
     chat_template: str | None
     """The Jinja template that the checkpoint brings."""
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, Tensor]
     """Canonical name -> where the tensor lies; buffers and a repeated tied head left out."""
+    files: Mapping[str, Content] = field(default_factory=dict)
+    """Tokenizer, processor and generation files under their llava-hf names."""
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape, as stored."""
-        return {name: place.entry.shape for name, place in self.stored.items()}
+        return {name: tensor.shape for name, tensor in self.stored.items()}
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray, bool]]:
         """Every tensor as (canonical name, array, whether uint16 means bfloat16).
@@ -61,15 +68,16 @@ class Checkpoint:
         In the order of the files, each mapped when it is reached: [out, in] orientation, dtype
         as stored. Drop an array before asking for the next one to stay at one tensor of memory.
         """
-        for name, place in self.stored.items():
-            yield name, place.read(), place.entry.dtype == "BF16"
+        for name, tensor in self.stored.items():
+            yield name, tensor.read(), tensor.dtype == "BF16"
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a reply, as generation_config.json and config.json state them."""
         ids: set[int] = set()
         text = self.config.get("text_config") or {}
-        for source in (_read_json_if_there(self.directory / "generation_config.json"), text):
+        generation = _json_of(self.files, "generation_config.json")
+        for source in (generation, text):
             stated = source.get("eos_token_id")
             ids |= set(stated if isinstance(stated, list) else [stated]) - {None}
         return tuple(sorted(ids))
@@ -82,7 +90,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the files are missing or cannot be used.
         """
-        held = {path.name for path in self.directory.iterdir()}
+        held = set(self.files)
         if not any(held.issuperset(files) for files in TOKENIZER_FILES):
             raise CheckpointError(
                 f"{self.directory} has no tokenizer",
@@ -92,7 +100,13 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
+            with tempfile.TemporaryDirectory() as folder:
+                # Only what the dialect read: other files there may be of another layout.
+                for name, content in self.files.items():
+                    data = content if isinstance(content, bytes) else content.read_bytes()
+                    (Path(folder) / name).write_bytes(data)
+                (Path(folder) / "config.json").write_bytes(as_json(self.config))
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise CheckpointError(
                 f"the tokenizer in {self.directory} cannot be used",
@@ -131,38 +145,73 @@ class Checkpoint:
 # --- opening ---------------------------------------------------------------------------------
 
 
-def open_checkpoint(path_or_hub_id: str | Path) -> Checkpoint:
-    """Open a checkpoint directory, or download one from the Hugging Face hub.
+def open_checkpoint(
+    path_or_hub_id: str | Path, *, base: str | Path | None = None, vision: str | Path | None = None
+) -> Checkpoint:
+    """Open a checkpoint of any dialect, or download one from the Hugging Face hub.
 
     Args:
-        path_or_hub_id: a directory in the Hugging Face layout. If no such path exists and it
-            looks like `organisation/name`, it is fetched from the hub (or found in its cache).
+        path_or_hub_id: a directory or a file of weights. If no such path exists and it looks like
+            `organisation/name`, it is fetched from the hub (or found in its cache).
+        base: a checkpoint that gives what this one lacks: the configuration and tokenizer of a
+            bare weight file, or the model that an adapter belongs to.
+        vision: the directory of the vision tower, if it is not inside.
 
     Raises:
         CheckpointError: not a checkpoint (the message says what is there instead), a missing or
             damaged file, an index that disagrees with its shards, a hub that does not answer.
-        ConfigError: config.json cannot be used.
+        ConfigError: the configuration cannot be used.
     """
-    directory = _locate(path_or_hub_id)
-    _check_layout(directory)
-    config = _read_json(directory / "config.json")
-    processor = _processor_config(directory)
-    stored = _canonical(open_directory(directory))
-    shapes = {name: place.entry.shape for name, place in stored.items()}
-    spec = _spec(directory, config, processor, shapes)
-    if spec.text.tie_embeddings and HEAD in stored:
-        stored = _without_head(directory, stored)
-    return Checkpoint(directory, config, spec, processor, _chat_template(directory), stored)
+    path = locate(path_or_hub_id)
+    dialect, _ = registry.recognise(look(path))
+    options = Options(base=base and locate(base), vision=vision and locate(vision))
+    if dialect.name == "hf":
+        # `check` compares names and shapes, and says more about them.
+        options = Options(allow_missing=("*",), allow_unused=("*",))
+    return as_checkpoint(open_source(path, options, dialect.name))
 
 
-def _locate(path_or_hub_id: str | Path) -> Path:
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+def as_checkpoint(source: Source) -> Checkpoint:
+    """A source of a whole model as a checkpoint.
+
+    Raises:
+        CheckpointError: it is only a part of a model (an adapter, a tower, a projector, …).
+        ConfigError: the configuration cannot be used.
+    """
+    whole = source.dialect == "hf" or {"vision", "language"} <= source.parts
+    if source.adapter is not None or not whole:
+        kind = "a LoRA adapter" if source.adapter else describe_parts(source.parts)
         raise CheckpointError(
-            f"{path} is a file", expected="a checkpoint directory", fix=f"give {path.parent}"
+            f"{source.path} is not a whole model",
+            given=f"dialect {source.dialect}: {kind}",
+            expected="vision tower, projector and language model",
+            fix="name the model that an adapter belongs to with --base DIR; put parts together "
+            "with unillava compose",
         )
+    processor = _processor_config(source.files)
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    spec = _spec(source.path, source.config, processor, shapes)
+    return Checkpoint(
+        directory=source.path,
+        dialect=source.dialect,
+        config=source.config,
+        spec=spec,
+        processor_config=processor,
+        chat_template=_chat_template(source.files),
+        stored=dict(source.tensors),
+        files=source.files,
+    )
+
+
+def locate(path_or_hub_id: str | Path) -> Path:
+    """The path of a checkpoint; a hub id is downloaded.
+
+    Raises:
+        CheckpointError: there is no such path, and the hub does not give it.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        return path
     if isinstance(path_or_hub_id, str) and HUB_ID.fullmatch(path_or_hub_id):
         return _download(path_or_hub_id)
     raise CheckpointError(
@@ -175,7 +224,10 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        directory = Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        if not any(directory.glob("*.safetensors")):
+            snapshot_download(hub_id, allow_patterns=HUB_PICKLES)
+        return directory
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
@@ -183,51 +235,6 @@ def _download(hub_id: str) -> Path:
             given=f"{type(error).__name__}: {reason[0] if reason else ''}",
             fix="check the name and the network, or give the path of a directory",
         ) from error
-
-
-def _check_layout(directory: Path) -> None:
-    """Refuse what is not in the Hugging Face layout, saying what it is instead."""
-    held = sorted(path.name for path in directory.iterdir())
-    if not held:
-        raise CheckpointError(f"{directory} is empty", expected="a checkpoint directory")
-    lacks = [] if "config.json" in held else ["config.json"]
-    if not {SINGLE_FILE, INDEX_FILE}.intersection(held):
-        lacks.append(f"{SINGLE_FILE} or {INDEX_FILE}")
-    findings = recognise(directory)
-    if not lacks:  # a training run leaves pickles (optimizer, arguments) beside the weights
-        findings = [finding for finding in findings if finding.layout == ORIGINAL]
-        if not findings:
-            return
-    inner = [p.parent.name for p in sorted(directory.glob("*/config.json"))]
-    raise CheckpointError(
-        f"{directory} is not a checkpoint in the Hugging Face layout",
-        given="; ".join([*map(str, findings), f"files: {_few(held)}"]),
-        expected=f"also {' and '.join(lacks)}" if lacks else "a llava-hf checkpoint",
-        fix=f"did you mean {directory / inner[-1]}?"
-        if inner
-        else "convert it to config.json and safetensors of the Hugging Face layout first",
-    )
-
-
-def _canonical(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors under canonical names, without buffers, in the order of the files."""
-    stored: dict[str, Stored] = {}
-    for name, place in sorted(tensors.items(), key=_file_order):
-        canonical = canonical_name(name)
-        if canonical in stored:
-            other = stored[canonical]
-            raise CheckpointError(
-                f"one tensor is stored twice: {canonical}",
-                given=f"{other.name} in {other.file.path.name}, {name} in {place.file.path.name}",
-            )
-        if not is_buffer(name):
-            stored[canonical] = place
-    return stored
-
-
-def _file_order(item: tuple[str, Stored]) -> tuple[str, int, str]:
-    name, place = item
-    return place.file.path.name, place.entry.begin, name
 
 
 def _spec(
@@ -247,65 +254,40 @@ def _spec(
         ) from None
 
 
-def _without_head(directory: Path, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Leave out a head that repeats the embedding, as some tools save it."""
-    embedding, head = stored.get(EMBEDDING), stored[HEAD]
-    same = embedding is not None and embedding.entry.dtype == head.entry.dtype
-    if not (same and np.array_equal(_bytes(embedding.read()), _bytes(head.read()))):
-        raise CheckpointError(
-            f"config.json of {directory} says that the output head is the embedding matrix, "
-            "but the file holds another head",
-            given=f"tie_word_embeddings true, and a {HEAD} unlike {EMBEDDING}",
-            fix="if the head was trained on its own, set tie_word_embeddings to false, at the "
-            "top of config.json and in text_config",
-        )
-    return {name: place for name, place in stored.items() if name != HEAD}
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """Bits rather than values: NaN equals itself, 0.0 and -0.0 differ."""
-    return array.reshape(-1).view(np.uint8)
-
-
 # --- JSON files ------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON", given=error) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object", given=type(content).__name__)
-    return content
+def _json_of(files: Mapping[str, Content], name: str) -> dict[str, Any]:
+    """An object from one of the small files; `{}` if it is not there."""
+    content = files.get(name)
+    if content is None:
+        return {}
+    return parse_json(content, name)
 
 
-def _read_json_if_there(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.exists() else {}
-
-
-def _processor_config(directory: Path) -> dict[str, Any]:
+def _processor_config(files: Mapping[str, Content]) -> dict[str, Any]:
     """Settings of the image processor over those of the processor; the video ones nested.
 
     transformers 5 nests both in processor_config.json, and then reads no other file.
     """
-    processor = _read_json_if_there(directory / "processor_config.json")
+    processor = _json_of(files, "processor_config.json")
     image = processor.pop("image_processor", None)
     video = processor.pop("video_processor", None)
     if image is None:
-        image = _read_json_if_there(directory / "preprocessor_config.json")
+        image = _json_of(files, "preprocessor_config.json")
     if video is None:
-        video = _read_json_if_there(directory / "video_preprocessor_config.json")
+        video = _json_of(files, "video_preprocessor_config.json")
     return processor | image | ({"video_processor": video} if video else {})
 
 
-def _chat_template(directory: Path) -> str | None:
+def _chat_template(files: Mapping[str, Content]) -> str | None:
     """The first of: chat_template.jinja, chat_template.json, processor's, tokenizer's."""
-    jinja = directory / "chat_template.jinja"
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
+    jinja = files.get("chat_template.jinja")
+    if jinja is not None:
+        data = jinja if isinstance(jinja, bytes) else jinja.read_bytes()
+        return data.decode()
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = _read_json_if_there(directory / name).get("chat_template")
+        template = _json_of(files, name).get("chat_template")
         if isinstance(template, list):  # several named templates
             named = [item for item in template if isinstance(item, dict)]
             default = (i.get("template") for i in named if i.get("name") == "default")
@@ -372,10 +354,10 @@ def _with_nearest(name: str, candidates: list[str]) -> str:
 def _depth_reports(stored: Iterable[str], expected: Iterable[str]) -> list[str]:
     """One line per stack of blocks whose depth differs: it explains many missing tensors."""
     reports = []
-    for prefix, field in _STACKS.items():
+    for prefix, count in _STACKS.items():
         found, wanted = _depth(stored, prefix), _depth(expected, prefix)
         if found != wanted:
-            reports.append(f"the weights have {found} blocks, {field} says {wanted}")
+            reports.append(f"the weights have {found} blocks, {count} says {wanted}")
     return reports
 
 

@@ -5,6 +5,7 @@ from weight_convert.errors import CheckpointError, UnillavaError
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "MediaError",
     "RequestError",
     "UnillavaError",
@@ -13,6 +14,10 @@ __all__ = [
 
 class ConfigError(UnillavaError):
     """config.json names something unknown or contradicts itself; the message names the field."""
+
+
+class DataError(UnillavaError):
+    """A file of training data cannot be read or written, or is damaged."""
 
 
 class MediaError(UnillavaError):

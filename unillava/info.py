@@ -20,7 +20,8 @@ from unillava.memory import (
     inference_memory,
     training_memory,
 )
-from unillava.spec import LlavaSpec, part_of
+from unillava.spec import LlavaSpec
+from weight_convert.canonical import part_of
 from weight_convert.dialects.hf import spelling_of
 
 TYPICAL_SIZES = ((336, 336), (640, 480), (480, 640), (1024, 768), (1920, 1080), (1080, 1920))
@@ -108,14 +109,14 @@ def examine(checkpoint: Checkpoint, sizes: Iterable[tuple[int, int]] = TYPICAL_S
     template, template_problem = _template(checkpoint)
     return Info(
         directory=str(checkpoint.directory),
-        layout=f"Hugging Face, names as {_spelling(checkpoint)}",
+        layout=_layout(checkpoint),
         family=spec.family,
         vision=describe_vision(spec),
         projector=describe_projector(spec),
         language=describe_language(spec),
         image_mode=spec.image_mode,
         parts=_parts(checkpoint),
-        files=len({place.file.path for place in checkpoint.stored.values()}),
+        files=len({place.path for tensor in checkpoint.stored.values() for place in tensor.places}),
         dtypes=_dtypes(checkpoint),
         template=template,
         template_problem=template_problem,
@@ -175,26 +176,30 @@ def describe_language(spec: LlavaSpec) -> str:
     return ", ".join(words)
 
 
-def _spelling(checkpoint: Checkpoint) -> str:
-    spelling = spelling_of(place.name for place in checkpoint.stored.values())
-    return {None: "in several spellings", "hub": "on the hub"}.get(spelling, spelling)
+def _layout(checkpoint: Checkpoint) -> str:
+    if checkpoint.dialect != "hf":
+        return f"{checkpoint.dialect} (see unillava convert --list)"
+    spelling = spelling_of(
+        place.name for tensor in checkpoint.stored.values() for place in tensor.places
+    )
+    words = {None: "in several spellings", "hub": "on the hub"}.get(spelling, spelling)
+    return f"Hugging Face, names as {words}"
 
 
 def _parts(checkpoint: Checkpoint) -> list[Part]:
-    entries = [(part_of(name), place.entry) for name, place in checkpoint.stored.items()]
+    entries = [(part_of(name), tensor) for name, tensor in checkpoint.stored.items()]
     parts = []
     for part in PARTS:
-        own = [entry for name, entry in entries if name == part]
-        parameters = sum(prod(entry.shape) for entry in own)
-        parts.append(Part(part, len(own), parameters, sum(e.end - e.begin for e in own)))
+        own = [tensor for name, tensor in entries if name == part]
+        parameters = sum(prod(tensor.shape) for tensor in own)
+        parts.append(Part(part, len(own), parameters, sum(tensor.nbytes for tensor in own)))
     return [part for part in parts if part.tensors]
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for place in checkpoint.stored.values():
-        dtype = place.entry.dtype
-        counts[STORED_DTYPES.get(dtype, dtype)] += prod(place.entry.shape)
+    for tensor in checkpoint.stored.values():
+        counts[STORED_DTYPES.get(tensor.dtype, tensor.dtype)] += prod(tensor.shape)
     return dict(counts.most_common())
 
 

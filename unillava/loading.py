@@ -25,9 +25,11 @@ def load_model(
     compiled: bool = False,
     kernels: str | None = None,
     num_frames: int = 8,
+    base: str | None = None,
+    vision: str | None = None,
 ) -> Model:
     """See `unillava.load`. What is cheap to check is checked before the weights are read."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, base=base, vision=vision)
     checkpoint.check()
     choose_backend(checkpoint, backend=backend, dtype=dtype, device=device, kernels=kernels)
     pipeline = load_pipeline(checkpoint, template=template, num_frames=num_frames)

@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from unillava.spec import LlavaSpec, parameter_table, part_of
+from unillava.spec import LlavaSpec, parameter_table
+from weight_convert.canonical import part_of
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LORA_RANK = 128

@@ -143,6 +143,21 @@ class LlavaSpec:
         return self.vision.grid**2 + keeps_class
 
 
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Low-rank adapters on the language model, and what its Linear layers keep their weights in."""
+
+    modules: frozenset[str]
+    """Paths of the adapted layers under `language_model`."""
+    rank: int
+    scale: float
+    """What B A x is multiplied by."""
+    dropout: float = 0.0
+    """Of the input of A, while training."""
+    base: Literal["full", "nf4", "int8", "int4"] = "full"
+    """Storage of the weights of all Linear layers in the blocks, adapted or not."""
+
+
 def parameter_table(spec: LlavaSpec) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape (torch orientation, [out, in]) of every parameter, in file order."""
     table = {}
@@ -152,13 +167,6 @@ def parameter_table(spec: LlavaSpec) -> dict[str, tuple[int, ...]]:
         table["image_newline"] = (spec.text.hidden_size,)
     table.update(_text_table(spec.text, "language_model."))
     return table
-
-
-def part_of(name: str) -> str:
-    """The part a canonical parameter name belongs to: vision, projector, newline or language."""
-    first = name.split(".")[0]
-    parts = {"vision_tower": "vision", "multi_modal_projector": "projector"}
-    return parts.get(first, "newline" if first == "image_newline" else "language")
 
 
 def _linear(name: str, out: int, inp: int, bias: bool = True) -> dict[str, tuple[int, ...]]:

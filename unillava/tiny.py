@@ -5,6 +5,9 @@ sharded safetensors with an index, tokenizer, chat template and processor files,
 as those of a real llava-hf checkpoint, only with a few hundred thousand parameters. The weights
 are random, so replies are nonsense; they are scaled so that greedy decoding wanders and the best
 token leads clearly, which makes "the same tokens on every backend" a meaningful check.
+
+Checkpoints of size "small" are to be trained: about a million parameters, at which training starts
+well, and a tokenizer that can be learnt from the words of the task.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +34,7 @@ from weight_convert.storage.safetensors import write_shards
 Family = Literal["llava", "llava_next", "llava_next_video"]
 Text = Literal["llama", "llama3", "mistral", "qwen2"]
 Vision = Literal["clip", "siglip"]
+Size = Literal["tiny", "small"]
 
 CORPUS = (
     "A chat between a curious user and an assistant who looks at pictures.",
@@ -48,10 +52,10 @@ CORPUS = (
     "你好，请用一句话描述这张图片。天空是蓝色的，大海很平静。",
     "桌子上有一只猫，花园里没有狗。",
 )
-"""What the tiny tokenizers are trained on."""
+"""What the tokenizers are trained on unless they are given something else."""
 
 MERGED_PIECES = 320
-"""Characters and merges learnt from CORPUS, besides the 256 bytes."""
+"""Characters and merges learnt from the corpus, besides the 256 bytes."""
 
 VICUNA = (
     "{% for message in messages %}"
@@ -197,6 +201,83 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
+_RANDOM_REPLIES = (
+    # Random signs before the head: otherwise the last token is its own likeliest successor
+    # (always with tied embeddings), and a reply is one token again and again.
+    (r"^language_model\.model\.norm\.weight$", 0.0, 1.0, 0),
+    (r"norm\d?\.weight$", 1.0, 0.1, 0),
+    (r"\.bias$", 0.0, 0.1, 0),
+    (r"embed_tokens\.weight$", 0.0, 0.7, 0),
+    (r"lm_head\.weight$", 0.0, 0.3, 0),
+    # Attention that chooses, blocks that add about as much as they find. More of it makes replies
+    # livelier still, but rounding errors grow with it, gradients' above all: they must stay well
+    # below the 1e-5 to which backends are compared.
+    (r"^language_model\..*\.(q_proj|k_proj)\.weight$", 0.0, 1.5, 0.5),
+    (r"^language_model\..*\.o_proj\.weight$", 0.0, 0.7, 0.5),
+    (r"^language_model\..*\.down_proj\.weight$", 0.0, 2.0, 0.5),
+    (r"(position|class)_embedding", 0.0, 0.5, 0),
+    (r"image_newline$", 0.0, 0.3, 0),
+    (r"", 0.0, 1.0, 0.5),
+)
+"""(pattern of the name, mean, spread, power of the number of inputs that divides the spread):
+values at which signals keep their size through the network, and replies wander."""
+_READY_TO_LEARN = (
+    (r"norm\d?\.weight$", 1.0, 0.0, 0),
+    (r"\.bias$", 0.0, 0.0, 0),
+    (r"(embed_tokens\.weight|embedding|position_embedding\.weight|image_newline)$", 0.0, 0.02, 0),
+    (r"lm_head\.weight$", 0.0, 0.02, 0),
+    # Blocks begin by adding little to what they find.
+    (r"(o_proj|out_proj|down_proj|mlp\.fc2)\.weight$", 0.0, 0.3, 0.5),
+    (r"", 0.0, 1.0, 0.5),
+)
+"""The same, for values from which training starts well: a first loss near that of guessing."""
+
+
+@dataclass(frozen=True)
+class _SizeKind:
+    """What distinguishes a checkpoint that talks at random from one that is to be trained."""
+
+    image_size: int
+    patch_size: int
+    max_shard_bytes: int
+    text: Mapping[str, int]
+    """Entries of text_config, and of vision_config."""
+    vision: Mapping[str, int]
+    scales: tuple[tuple[str, float, float, float], ...]
+    unspoken: float
+    """What weights of tokens that are no printable text are multiplied by; see `_speakable`."""
+
+
+SIZES: dict[str, _SizeKind] = {
+    "tiny": _SizeKind(
+        image_size=28,
+        patch_size=7,
+        max_shard_bytes=400_000,  # several files and an index
+        text=dict(
+            hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=3
+        ),
+        vision=dict(
+            hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=3
+        ),
+        scales=_RANDOM_REPLIES,
+        unspoken=0.1,
+    ),
+    "small": _SizeKind(
+        image_size=56,
+        patch_size=8,
+        max_shard_bytes=2_000_000,
+        text=dict(
+            hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=3
+        ),
+        vision=dict(
+            hidden_size=96, intermediate_size=192, num_attention_heads=4, num_hidden_layers=4
+        ),
+        scales=_READY_TO_LEARN,
+        unspoken=1.0,
+    ),
+}
+
+
 def build_tiny(
     directory: str | os.PathLike[str],
     family: Family = "llava_next",
@@ -205,9 +286,11 @@ def build_tiny(
     *,
     seed: int = 0,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-    max_shard_bytes: int = 400_000,
-    image_size: int = 28,
-    patch_size: int = 7,
+    size: Size = "tiny",
+    corpus: Sequence[str] = CORPUS,
+    max_shard_bytes: int | None = None,
+    image_size: int | None = None,
+    patch_size: int | None = None,
     config: Mapping[str, Any] | None = None,
     processor: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -218,18 +301,23 @@ def build_tiny(
         family, text, vision: which architecture, as in `ARCHITECTURES`, `TEXTS` and CLIP/SigLIP.
         seed: of the weights; everything else is the same every time.
         dtype: what the weights are stored in.
-        max_shard_bytes: small, so that there are several safetensors files and an index.
-        image_size, patch_size: of one tile, in pixels.
+        size: as in `SIZES`: "tiny" talks at random, "small" is to be trained.
+        corpus: texts that the tokenizer is learnt from; it can write any other text, too.
+        max_shard_bytes: largest safetensors file; None: by size, so that there are several.
+        image_size, patch_size: of one tile, in pixels; None: by size.
         config: entries that replace those of config.json; nested dicts are merged.
         processor: the same for preprocessor_config.json.
 
     Raises:
-        ConfigError: an unknown family, text, vision or dtype, or a directory that holds files.
+        ConfigError: an unknown choice, or a directory that holds files.
     """
     _check_choice("family", family, ARCHITECTURES)
     _check_choice("text", text, TEXTS)
     _check_choice("vision", vision, VISIONS)
     _check_choice("dtype", dtype, DTYPES)
+    _check_choice("size", size, SIZES)
+    given = {"image_size": image_size, "patch_size": patch_size, "max_shard_bytes": max_shard_bytes}
+    chosen = replace(SIZES[size], **{key: value for key, value in given.items() if value})
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ConfigError(
@@ -238,8 +326,8 @@ def build_tiny(
             expected="a new or empty directory",
             fix="name another directory, or remove this one first",
         )
-    tokenizer = _tokenizer(TEXTS[text], family)
-    settings = _config(family, text, vision, tokenizer, image_size, patch_size, dtype)
+    tokenizer = _tokenizer(TEXTS[text], family, corpus)
+    settings = _config(family, text, vision, tokenizer, chosen, dtype)
     settings = _merged(settings, config or {})
     images = _merged(_image_processor(family, settings), processor or {})
     files = {
@@ -257,7 +345,7 @@ def build_tiny(
         for name, content in files.items():
             text_of_file = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (scratch / name).write_text(text_of_file, encoding="utf-8")
-        _write_weights(scratch, settings, tokenizer, seed, max_shard_bytes)
+        _write_weights(scratch, settings, tokenizer, seed, chosen)
         scratch.chmod(0o755)
         if directory.exists():
             directory.rmdir()
@@ -284,9 +372,10 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 # --- tokenizer -------------------------------------------------------------------------------
 
 
-def _tokenizer(kind: _TextKind, family: Family) -> Tokenizer:
+def _tokenizer(kind: _TextKind, family: Family, corpus: Sequence[str]) -> Tokenizer:
     """The text's tokenizer with the image, padding (and video) tokens after its own."""
-    tokenizer = _sentencepiece(kind) if kind.pieces == "sentencepiece" else _bytes(kind)
+    make = _sentencepiece if kind.pieces == "sentencepiece" else _bytes
+    tokenizer = make(kind, corpus)
     # The hub's LLaVA-NeXT-Video files give <video> the first free id, the others <image>.
     media = ["<video>", "<image>"] if family == "llava_next_video" else ["<image>"]
     added = [AddedToken(token, special=True, normalized=False) for token in [*media, "<pad>"]]
@@ -300,9 +389,9 @@ def _tokenizer(kind: _TextKind, family: Family) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(kind: _TextKind) -> Tokenizer:
+def _sentencepiece(kind: _TextKind, corpus: Sequence[str]) -> Tokenizer:
     """As LLaMA's: spaces are written as a low line, unknown characters fall back to bytes."""
-    vocabulary, merges = _learn(pre_tokenizers.Metaspace(), [])
+    vocabulary, merges = _learn(corpus, pre_tokenizers.Metaspace(), [])
     pieces = [*kind.specials, *(f"<0x{byte:02X}>" for byte in range(256)), *vocabulary]
     tokenizer = Tokenizer(
         models.BPE(
@@ -326,10 +415,10 @@ def _sentencepiece(kind: _TextKind) -> Tokenizer:
     return tokenizer
 
 
-def _bytes(kind: _TextKind) -> Tokenizer:
+def _bytes(kind: _TextKind, corpus: Sequence[str]) -> Tokenizer:
     """As LLaMA-3's and Qwen2's: pieces of UTF-8 bytes."""
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    vocabulary, merges = _learn(splitter, sorted(pre_tokenizers.ByteLevel.alphabet()))
+    vocabulary, merges = _learn(corpus, splitter, sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(vocabulary)}, merges))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
@@ -338,15 +427,15 @@ def _bytes(kind: _TextKind) -> Tokenizer:
 
 
 def _learn(
-    splitter: pre_tokenizers.PreTokenizer, alphabet: list[str]
+    corpus: Sequence[str], splitter: pre_tokenizers.PreTokenizer, alphabet: list[str]
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Pieces (in the order of their ids) and merges of a byte-pair encoding of CORPUS."""
+    """Pieces (in the order of their ids) and merges of a byte-pair encoding of the corpus."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = splitter
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + MERGED_PIECES, initial_alphabet=alphabet, show_progress=False
     )
-    learner.train_from_iterator(CORPUS, trainer)
+    learner.train_from_iterator(corpus, trainer)
     model = json.loads(learner.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].get)
     return pieces, [(left, right) for left, right in model["merges"]]
@@ -401,13 +490,12 @@ def _config(
     text: Text,
     vision: Vision,
     tokenizer: Tokenizer,
-    image_size: int,
-    patch_size: int,
+    size: _SizeKind,
     dtype: str,
 ) -> dict[str, Any]:
     """config.json in the spelling of the hub's files (transformers 4.45)."""
-    patches = (image_size // patch_size) ** 2
-    text_config = _text_config(TEXTS[text], tokenizer, dtype)
+    side, patches = size.image_size, (size.image_size // size.patch_size) ** 2
+    text_config = _text_config(TEXTS[text], size, tokenizer, dtype)
     config = {
         "architectures": [ARCHITECTURES[family]],
         "ignore_index": -100,
@@ -421,13 +509,13 @@ def _config(
         "tie_word_embeddings": text_config["tie_word_embeddings"],
         "torch_dtype": dtype,
         "transformers_version": "4.45.2",
-        "vision_config": _vision_config(vision, image_size, patch_size),
+        "vision_config": _vision_config(vision, size),
         "vision_feature_layer": -2 if vision == "clip" else -1,
         "vision_feature_select_strategy": "default" if vision == "clip" else "full",
     }
     if family != "llava":
         tiles = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-        config["image_grid_pinpoints"] = [[h * image_size, w * image_size] for h, w in tiles]
+        config["image_grid_pinpoints"] = [[h * side, w * side] for h, w in tiles]
         config["use_image_newline_parameter"] = True
     if family == "llava_next_video":
         config["spatial_pool_mode"] = "average"
@@ -437,18 +525,16 @@ def _config(
     return dict(sorted(config.items()))
 
 
-def _text_config(kind: _TextKind, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _text_config(
+    kind: _TextKind, size: _SizeKind, tokenizer: Tokenizer, dtype: str
+) -> dict[str, Any]:
     config = {
         "architectures": [kind.architecture],
         "bos_token_id": tokenizer.token_to_id(kind.bos) if kind.bos else None,
         "eos_token_id": tokenizer.token_to_id(kind.eos),
         "hidden_act": "silu",
-        "hidden_size": 64,
-        "intermediate_size": 128,
         "max_position_embeddings": 1024,
         "model_type": kind.model_type,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
         "pad_token_id": tokenizer.token_to_id("<pad>"),
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
@@ -456,10 +542,10 @@ def _text_config(kind: _TextKind, tokenizer: Tokenizer, dtype: str) -> dict[str,
         # Rounded up, as the hub's files do; the rows at the end belong to no token.
         "vocab_size": math.ceil(tokenizer.get_vocab_size() / 64) * 64,
     }
-    return dict(sorted((config | dict(kind.settings)).items()))
+    return dict(sorted((config | dict(size.text) | dict(kind.settings)).items()))
 
 
-def _vision_config(vision: Vision, image_size: int, patch_size: int) -> dict[str, Any]:
+def _vision_config(vision: Vision, size: _SizeKind) -> dict[str, Any]:
     own = {
         "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 32},
         "siglip": {
@@ -468,15 +554,13 @@ def _vision_config(vision: Vision, image_size: int, patch_size: int) -> dict[str
             "vision_use_head": False,
         },
     }
-    return {
-        "hidden_size": 32,
-        "image_size": image_size,
-        "intermediate_size": 64,
+    shared = {
+        "image_size": size.image_size,
         "model_type": f"{vision}_vision_model",
-        "num_attention_heads": 2,
-        "num_hidden_layers": 3,
-        "patch_size": patch_size,
-    } | own[vision]
+        "patch_size": size.patch_size,
+        **size.vision,
+    }
+    return dict(sorted(shared.items())) | own[vision]
 
 
 def _image_processor(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -538,33 +622,13 @@ def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # --- weights ---------------------------------------------------------------------------------
 
-_SCALES = (
-    # Random signs before the head: otherwise the last token is its own likeliest successor
-    # (always with tied embeddings), and a reply is one token again and again.
-    (r"^language_model\.model\.norm\.weight$", 0.0, 1.0, 0),
-    (r"norm\d?\.weight$", 1.0, 0.1, 0),
-    (r"\.bias$", 0.0, 0.1, 0),
-    (r"embed_tokens\.weight$", 0.0, 0.7, 0),
-    (r"lm_head\.weight$", 0.0, 0.3, 0),
-    # Attention that chooses, blocks that add about as much as they find. More of it makes replies
-    # livelier still, but rounding errors grow with it, gradients' above all: they must stay well
-    # below the 1e-5 to which backends are compared.
-    (r"^language_model\..*\.(q_proj|k_proj)\.weight$", 0.0, 1.5, 0.5),
-    (r"^language_model\..*\.o_proj\.weight$", 0.0, 0.7, 0.5),
-    (r"^language_model\..*\.down_proj\.weight$", 0.0, 2.0, 0.5),
-    (r"(position|class)_embedding", 0.0, 0.5, 0),
-    (r"image_newline$", 0.0, 0.3, 0),
-    (r"", 0.0, 1.0, 0.5),
-)
-"""(pattern of the name, mean, spread, power of the number of inputs that divides the spread)."""
-
 
 def _write_weights(
     directory: Path,
     config: Mapping[str, Any],
     tokenizer: Tokenizer,
     seed: int,
-    max_shard_bytes: int,
+    size: _SizeKind,
 ) -> None:
     shapes = parameter_table(read_spec(dict(config)))
     dtype = config["torch_dtype"]
@@ -574,17 +638,22 @@ def _write_weights(
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, shape in shapes.items():
-            values = _values(name, shape, random)
+            values = _values(size.scales, name, shape, random)
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                values[quiet] *= 0.1
+                values[quiet] *= size.unspoken
             yield name, _stored(values.astype(np.float32), dtype)
 
-    write_shards(directory, table, tensors(), max_shard_bytes=max_shard_bytes)
+    write_shards(directory, table, tensors(), max_shard_bytes=size.max_shard_bytes)
 
 
-def _values(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-    """Random values at which signals keep their size through the network."""
-    mean, spread, power = next(rule[1:] for rule in _SCALES if re.search(rule[0], name))
+def _values(
+    scales: Sequence[tuple[str, float, float, float]],
+    name: str,
+    shape: tuple[int, ...],
+    random: np.random.Generator,
+) -> np.ndarray:
+    """Random values of a parameter, by the first rule that its name matches."""
+    mean, spread, power = next(rule[1:] for rule in scales if re.search(rule[0], name))
     return mean + spread / math.prod(shape[1:]) ** power * random.standard_normal(shape)
 
 

@@ -32,13 +32,21 @@ class ModuleList(ms.nn.CellList):
     """MindSpore's list of cells."""
 
 
-def parameter(shape: Sequence[int]) -> Parameter:
+def parameter(shape: Sequence[int], dtype: str | None = None) -> Parameter:
     """A bare parameter, not initialised. The attribute it is assigned to gives its name."""
-    return Parameter(_empty(shape))
+    empty = _empty(shape, dtype and getattr(ms, dtype))
+    return Parameter(empty, requires_grad=empty.is_floating_point())
 
 
-def _empty(shape: Sequence[int]) -> Tensor:
-    return mint.empty(tuple(shape), dtype=DTYPE, device="meta")
+def _empty(shape: Sequence[int], dtype: Any = None) -> Tensor:
+    return mint.empty(tuple(shape), dtype=dtype or DTYPE, device="meta")
+
+
+def _like(parameter: Parameter | None, x: Tensor) -> Tensor | None:
+    """The parameter in the dtype of `x`: trained ones are float32 whatever is computed in."""
+    if parameter is None or parameter.dtype == x.dtype:
+        return parameter
+    return ops.cast(parameter, x.dtype)
 
 
 class Linear(Module, mint.nn.Linear):
@@ -54,7 +62,7 @@ class Linear(Module, mint.nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return ops.linear(x, _like(self.weight, x), _like(self.bias, x))
 
     def matrix(self) -> Tensor:
         """The weight as [out, in]."""
@@ -68,7 +76,8 @@ class Embedding(Module, mint.nn.Embedding):
         super().__init__(rows, size, _weight=_empty((rows, size)))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.take_rows(self.weight, ids)
+        rows = ops.take_rows(self.weight, ids)
+        return rows if rows.dtype == DTYPE else ops.cast(rows, DTYPE)
 
 
 class LayerNorm(Module, mint.nn.LayerNorm):
@@ -78,7 +87,7 @@ class LayerNorm(Module, mint.nn.LayerNorm):
         super().__init__(size, eps=eps, dtype=DTYPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.layer_norm(x, _like(self.weight, x), _like(self.bias, x), self.eps)
 
 
 class RMSNorm(Module):
@@ -90,7 +99,7 @@ class RMSNorm(Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, _like(self.weight, x), self.eps)
 
 
 class PatchEmbed(Module):
@@ -102,4 +111,4 @@ class PatchEmbed(Module):
         self.bias = parameter((out_features,)) if bias else None
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
-        return ops.patch_embed(x_B3HW, self.weight, self.bias)
+        return ops.patch_embed(x_B3HW, _like(self.weight, x_B3HW), _like(self.bias, x_B3HW))

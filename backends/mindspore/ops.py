@@ -15,6 +15,8 @@ import numpy as np
 from mindspore import Tensor
 from mindspore import ops as F
 
+from backends import quantised
+from backends.contract import dropout_limit
 from backends.mindspore import ascend
 
 DTYPES = {
@@ -123,6 +125,42 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return F.reshape(y_NO, x.shape[:-1] + (weight_OI.shape[0],))
 
 
+def quantised_linear(x: Tensor, codes: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
+    y_NO = _QUANTISED[kind](F.reshape(x, (-1, x.shape[-1])), codes, scale_OG)
+    return F.reshape(y_NO, x.shape[:-1] + (codes.shape[0],))
+
+
+class _QuantisedLinear(ms.nn.Cell):
+    """Keeps the codes alone for the backward pass, which needs the weight once more."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.pairs = Tensor(quantised.pairs(kind)) if kind in quantised.LEVELS else None
+
+    def weight(self, codes: Tensor, scale_OG: Tensor, dtype: Any) -> Tensor:
+        shape = scale_OG.shape + (-1,)
+        if self.pairs is None:
+            share_OGN = F.reshape(F.cast(codes, ms.float32) / quantised.LARGEST, shape)
+        else:
+            share_OGN = F.reshape(F.gather(self.pairs, F.cast(codes, ms.int32), 0), shape)
+        weight_OGN = share_OGN * F.broadcast_to(F.expand_dims(scale_OG, -1), share_OGN.shape)
+        return F.cast(F.reshape(weight_OGN, (codes.shape[0], -1)), dtype)
+
+    def construct(self, x_NI: Tensor, codes: Tensor, scale_OG: Tensor) -> Tensor:
+        return _times_transposed(x_NI, self.weight(codes, scale_OG, x_NI.dtype))
+
+    def bprop(
+        self, x_NI: Tensor, codes: Tensor, scale_OG: Tensor, y_NO: Tensor, upstream_NO: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # After the upstream gradient, else a compiled graph may share the forward pass's weight.
+        codes_now = F.depend(codes, upstream_NO)
+        grad_NI = F.matmul(upstream_NO, self.weight(codes_now, scale_OG, upstream_NO.dtype))
+        return grad_NI, F.zeros_like(codes), F.zeros_like(scale_OG)
+
+
+_QUANTISED = {kind: _QuantisedLinear(kind) for kind in quantised.KINDS}
+
+
 def softmax(x: Tensor, axis: int) -> Tensor:
     return F.cast(F.softmax(F.cast(x, WIDE), axis), x.dtype)
 
@@ -147,6 +185,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     # Ascend's swiglu kernel wants both halves in one tensor; joining them would move more
     # memory than the kernel saves.
     return F.silu(gate) * up
+
+
+# --- dropout ---------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, rows: Tensor, columns_D: Tensor, salt: int, rate: float) -> Tensor:
+    row = F.expand_dims(F.cast(rows, ms.int32) * salt, -1)
+    number = F.broadcast_to(row, x.shape) * F.broadcast_to(F.cast(columns_D, ms.int32), x.shape)
+    return x * F.cast(number >= dropout_limit(rate), x.dtype) * (1 / (1 - rate))
 
 
 # --- normalisation ---------------------------------------------------------------------------
@@ -348,11 +395,12 @@ class _LinearCrossEntropy(ms.nn.Cell):
 
     def construct(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         rows = CHUNK_BYTES // (4 * weight_VD.shape[0]) + 1
+        matrix_VD = F.cast(weight_VD, hidden_ND.dtype)
         total = F.zeros((), ms.float32)
         for start in range(0, hidden_ND.shape[0], rows):
             hidden = F.depend(hidden_ND[start : start + rows], total)
             targets = targets_N[start : start + rows]
-            logits_NV = _times_transposed(hidden, weight_VD)
+            logits_NV = _times_transposed(hidden, matrix_VD)
             losses = cross_entropy(logits_NV, F.maximum(targets, 0))
             total = total + F.sum(losses * F.cast(targets >= 0, ms.float32), 0)
         return total
@@ -366,17 +414,23 @@ class _LinearCrossEntropy(ms.nn.Cell):
         upstream: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = CHUNK_BYTES // (4 * weight_VD.shape[0]) + 1
+        matrix_VD = F.cast(weight_VD, hidden_ND.dtype)
         grads_hidden = ()
         grad_weight_VD = F.zeros(weight_VD.shape, ms.float32)
         for start in range(0, hidden_ND.shape[0], rows):
             hidden = F.depend(hidden_ND[start : start + rows], grad_weight_VD)
             targets = targets_N[start : start + rows]
             kept_N1 = F.expand_dims(upstream * F.cast(targets >= 0, ms.float32), 1)
-            kept_N1 = F.cast(kept_N1, hidden.dtype)
-            logits_NV = _times_transposed(hidden, weight_VD)
-            grad_NV = F.cast(_loss_slope(logits_NV, targets), hidden.dtype)
-            grads_hidden = (*grads_hidden, F.matmul(grad_NV, weight_VD) * kept_N1)
-            share_VD = _transposed_times(grad_NV, hidden * kept_N1)
+            slope_NV = _loss_slope(_times_transposed(hidden, matrix_VD), targets)
+            if hidden_ND.dtype == ms.float32:
+                grad_hidden_ND = F.matmul(slope_NV, matrix_VD) * kept_N1
+                share_VD = _transposed_times(slope_NV, hidden * kept_N1)
+            else:
+                # With the loss scale in it, which keeps small slopes in the range of float16.
+                grad_NV = F.cast(slope_NV * kept_N1, hidden_ND.dtype)
+                grad_hidden_ND = F.matmul(grad_NV, matrix_VD)
+                share_VD = _transposed_times(grad_NV, hidden)
+            grads_hidden = (*grads_hidden, grad_hidden_ND)
             grad_weight_VD = grad_weight_VD + F.cast(share_VD, ms.float32)
         return (
             F.cat(grads_hidden, 0),

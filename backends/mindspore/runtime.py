@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, mint
 from mindspore.common import _no_grad
 from mindspore.common.np_dtype import bfloat16 as numpy_bfloat16
 
 from backends.errors import BackendError
 from backends.mindspore import nn, ops
-from backends.process import peak_resident_bytes
+from backends.process import available_bytes, peak_resident_bytes, processor_name
 
 _STATE: dict[str, Any] = {"device": None, "dtype": "float32", "setups": 0}
 
@@ -26,6 +26,14 @@ _DTYPES = {
     "CPU": ["float32", "float16"],  # there is no bfloat16 matrix product
     "Ascend": ["bfloat16", "float16", "float32"],
     "GPU": ["float16", "float32"],
+}
+
+_NUMPY = {
+    ms.float32: np.float32,
+    ms.float16: np.float16,
+    ms.bfloat16: numpy_bfloat16,
+    ms.int8: np.int8,
+    ms.uint8: np.uint8,
 }
 
 # --- device and dtype ------------------------------------------------------------------------
@@ -50,10 +58,16 @@ def supported_dtypes(device: str) -> list[str]:
 
 
 def _canonical(device: str) -> str:
-    """A device by the name that `devices` gives it: `Ascend`, `npu:0` … are `ascend:0`."""
+    """A device by the name that `devices` gives it: `Ascend`, `npu:0` … are `ascend:0`.
+
+    A process that msrun started takes the one that msrun gave it, whichever was named.
+    """
     kind, _, index = device.lower().partition(":")
     target = _TARGETS.get(kind, kind)
-    return "cpu" if (target, index or "0") == ("CPU", "0") else f"{target.lower()}:{index or 0}"
+    if (target, index or "0") == ("CPU", "0"):
+        return "cpu"
+    own = os.environ.get("DEVICE_ID") if "MS_ROLE" in os.environ else None
+    return f"{target.lower()}:{own or index or 0}"
 
 
 def setup(device: str, dtype: str, kernels: str = "auto") -> None:
@@ -140,6 +154,24 @@ def _parameter(module: ms.nn.Cell, name: str) -> Parameter:
     return getattr(module.get_sub_cell(path), leaf)
 
 
+def set_trained(module: ms.nn.Cell, names: Collection[str]) -> None:
+    parameters = dict(module.parameters_and_names())
+    unknown = sorted(set(names) - set(parameters))
+    if unknown:
+        raise BackendError(
+            f"the module has no parameter {unknown[0]!r}",
+            expected="canonical names, as runtime.parameter_shapes gives them",
+        )
+    for parameter in parameters.values():
+        parameter.requires_grad = False
+    for name in names:
+        _parameter(module, name).requires_grad = True
+        if parameters[name].dtype != ms.float32:
+            path, _, leaf = name.rpartition(".")
+            empty = mint.empty(parameters[name].shape, dtype=ms.float32, device="meta")
+            setattr(module.get_sub_cell(path), leaf, Parameter(empty, parameters[name].name))
+
+
 def assign(module: ms.nn.Cell, name: str, array: np.ndarray, bfloat16: bool = False) -> None:
     parameter = _parameter(module, name)
     if tuple(parameter.shape) != array.shape:
@@ -148,7 +180,7 @@ def assign(module: ms.nn.Cell, name: str, array: np.ndarray, bfloat16: bool = Fa
             given=f"shape {array.shape}",
             expected=f"shape {tuple(parameter.shape)}",
         )
-    value = Tensor.from_numpy(_in_force(array, bfloat16))
+    value = Tensor.from_numpy(_native(array, bfloat16, parameter.dtype))
     if parameter.is_meta:
         parameter.set_data(value)
     else:
@@ -156,14 +188,13 @@ def assign(module: ms.nn.Cell, name: str, array: np.ndarray, bfloat16: bool = Fa
         parameter.copy_(value)
 
 
-def _in_force(array: np.ndarray, bfloat16: bool) -> np.ndarray:
-    """A new array in the dtype in force."""
-    wanted = numpy_bfloat16 if nn.DTYPE == ms.bfloat16 else np.dtype(_STATE["dtype"])
-    if bfloat16 and nn.DTYPE == ms.bfloat16:
+def _native(array: np.ndarray, bfloat16: bool, dtype: Any) -> np.ndarray:
+    """A new array of this MindSpore dtype."""
+    if bfloat16 and dtype == ms.bfloat16:
         return array.view(numpy_bfloat16).copy()
     if bfloat16:
         array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(wanted, order="C", copy=True)
+    return array.astype(_NUMPY[dtype], order="C", copy=True)
 
 
 def fetch(module: ms.nn.Cell, name: str) -> np.ndarray:
@@ -260,3 +291,20 @@ def peak_memory() -> int:
     if _STATE["device"] != "cpu":
         return ms.runtime.max_memory_allocated()
     return peak_resident_bytes()
+
+
+def device_name() -> str:
+    if _STATE["device"] != "cpu":
+        return ms.hal.get_device_name(_device_number())
+    return processor_name()
+
+
+def device_memory() -> int | None:
+    if _STATE["device"] == "cpu":
+        return available_bytes()
+    # 0 on Ascend before the device has been used.
+    return ms.hal.get_device_properties(_device_number()).total_memory or None
+
+
+def _device_number() -> int:
+    return int(_STATE["device"].rpartition(":")[2])

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import paddle
+import paddle.nn.functional as F
 from paddle import Tensor
 
-from backends.paddle import ops
+from backends.paddle import _state, ops
 
 Module = paddle.nn.Layer
 ModuleList = paddle.nn.LayerList
@@ -19,9 +20,11 @@ ModuleList = paddle.nn.LayerList
 _ZEROS = paddle.ParamAttr(initializer=paddle.nn.initializer.Constant(0.0))
 
 
-def parameter(shape: Sequence[int]) -> Tensor:
+def parameter(shape: Sequence[int], dtype: str | None = None) -> Tensor:
     """A bare parameter of this shape."""
-    return Module().create_parameter(list(shape), attr=_ZEROS)
+    made = Module().create_parameter(list(shape), attr=_ZEROS, dtype=dtype)
+    made.stop_gradient = not made.is_floating_point()
+    return made
 
 
 def _bias(present: bool) -> paddle.ParamAttr | bool:
@@ -35,10 +38,10 @@ class Linear(paddle.nn.Linear):
         super().__init__(in_features, out_features, weight_attr=_ZEROS, bias_attr=_bias(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            return super().forward(x)
         # Paddle's own asks for a global flag first, which takes as long as a token's product.
-        return paddle.matmul(x, self.weight)
+        if self.bias is None:
+            return paddle.matmul(x, ops.like(self.weight, x))
+        return F.linear(x, ops.like(self.weight, x), ops.like(self.bias, x))
 
     def matrix(self) -> Tensor:
         """The weight as [out, in]."""
@@ -46,10 +49,15 @@ class Linear(paddle.nn.Linear):
 
 
 class Embedding(paddle.nn.Embedding):
-    """paddle.nn.Embedding."""
+    """paddle.nn.Embedding; rows come in the dtype in force."""
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__(rows, size, weight_attr=_ZEROS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        trained_in_float32 = rows.dtype == paddle.float32 and _state.dtype != "float32"
+        return paddle.cast(rows, _state.dtype) if trained_in_float32 else rows
 
 
 class LayerNorm(paddle.nn.LayerNorm):

@@ -16,6 +16,8 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.jit.dy2static.py_layer import StaticPyLayerContext
 
+from backends import quantised
+from backends.contract import dropout_limit
 from backends.paddle import _state
 
 CHUNK_ROWS = 1024
@@ -102,8 +104,51 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    y = paddle.matmul(x, weight_OI, transpose_y=True)
-    return y if bias_O is None else y + bias_O
+    y = paddle.matmul(x, like(weight_OI, x), transpose_y=True)
+    return y if bias_O is None else y + like(bias_O, x)
+
+
+def quantised_linear(x: Tensor, codes: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
+    layer = _QUANTISED[kind]
+    inputs = [x, codes, scale_OG]
+    if paddle.in_dynamic_mode():
+        return layer.apply(*inputs)
+    graph = StaticPyLayerContext()
+    return paddle.static.nn.static_pylayer(
+        functools.partial(layer.forward, graph), inputs, functools.partial(layer.backward, graph)
+    )
+
+
+class _QuantisedLinear(paddle.autograd.PyLayer):
+    """Keeps the codes alone for the backward pass, which needs the weight once more."""
+
+    kind: str
+
+    @classmethod
+    def weight(cls, codes: Tensor, scale_OG: Tensor, dtype: paddle.dtype) -> Tensor:
+        if cls.kind == "int8":
+            share = paddle.cast(codes, "float32") / quantised.LARGEST
+        else:
+            table = paddle.to_tensor(quantised.pairs(cls.kind))
+            share = F.embedding(paddle.cast(codes, "int32"), table)
+        share_OGN = paddle.reshape(share, [*scale_OG.shape, -1])
+        scale_OG1 = paddle.unsqueeze(scale_OG, -1)
+        return _as(paddle.reshape(share_OGN * scale_OG1, [codes.shape[0], -1]), dtype)
+
+    @classmethod
+    def forward(cls, ctx: Any, x: Tensor, codes: Tensor, scale_OG: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale_OG)
+        return paddle.matmul(x, cls.weight(codes, scale_OG, x.dtype), transpose_y=True)
+
+    @classmethod
+    def backward(cls, ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        codes, scale_OG = ctx.saved_tensor()
+        return paddle.matmul(upstream, cls.weight(codes, scale_OG, upstream.dtype)), None, None
+
+
+_QUANTISED = {
+    kind: type(f"_Quantised{kind}", (_QuantisedLinear,), {"kind": kind}) for kind in quantised.KINDS
+}
 
 
 def softmax(x: Tensor, axis: int) -> Tensor:
@@ -131,14 +176,24 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up if y is None else y
 
 
+# --- dropout ---------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, rows: Tensor, columns_D: Tensor, salt: int, rate: float) -> Tensor:
+    row = paddle.unsqueeze(paddle.cast(rows, "int32") * salt, -1)
+    kept = row * paddle.cast(columns_D, "int32") >= dropout_limit(rate)
+    return x * paddle.cast(kept, x.dtype) * (1 / (1 - rate))
+
+
 # --- normalisation ---------------------------------------------------------------------------
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, list(weight_D.shape), weight_D, bias_D, eps)
+    return F.layer_norm(x, list(weight_D.shape), like(weight_D, x), like(bias_D, x), eps)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    weight_D = like(weight_D, x)
     y = _fused("rms_norm", x, weight_D, eps)
     if y is not None:
         return y
@@ -267,6 +322,8 @@ def _kept_arange(shape: tuple[int, ...], device: str) -> Tensor:
 
 
 def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:
+    weight_OIPP = like(weight_OIPP, x_B3HW)
+    bias_O = None if bias_O is None else like(bias_O, x_B3HW)
     y_BOhw = F.conv2d(x_B3HW, weight_OIPP, bias_O, stride=weight_OIPP.shape[-1])
     return paddle.transpose(paddle.flatten(y_BOhw, 2), [0, 2, 1])
 
@@ -299,9 +356,10 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
         # Asked here, because what a traced graph hands back has lost it.
         ctx.wanted = (not hidden_ND.stop_gradient, not weight_VD.stop_gradient)
+        matrix_VD = like(weight_VD, hidden_ND)
         total = paddle.zeros([], "float32")
         for part in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-            logits_NV = _wide(paddle.matmul(hidden_ND[part], weight_VD, transpose_y=True))
+            logits_NV = _wide(paddle.matmul(hidden_ND[part], matrix_VD, transpose_y=True))
             # Paddle's mean would count ignored rows; its sum does not.
             total += F.cross_entropy(
                 logits_NV, targets_N[part], ignore_index=IGNORED, reduction="sum"
@@ -311,14 +369,15 @@ class _LinearCrossEntropy(paddle.autograd.PyLayer):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden_ND, weight_VD, targets_N = ctx.saved_tensor()
+        matrix_VD = like(weight_VD, hidden_ND)
         wants_hidden, wants_weight = ctx.wanted
         grad_hidden, grad_weight = [], paddle.zeros(weight_VD.shape, "float32")
         for part in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             hidden = hidden_ND[part]
-            logits_NV = _wide(paddle.matmul(hidden, weight_VD, transpose_y=True))
+            logits_NV = _wide(paddle.matmul(hidden, matrix_VD, transpose_y=True))
             grad_NV = _as(_logits_gradient(logits_NV, targets_N[part], upstream), hidden.dtype)
             if wants_hidden:
-                grad_hidden.append(paddle.matmul(grad_NV, weight_VD))
+                grad_hidden.append(paddle.matmul(grad_NV, matrix_VD))
             if wants_weight:
                 grad_weight += _wide(paddle.matmul(grad_NV, hidden, transpose_x=True))
         return (
@@ -365,6 +424,11 @@ def _spread(x: Tensor, shape: Sequence[int]) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """`x` as float32: what norms, softmax and losses are computed in."""
     return _as(x, paddle.float32)
+
+
+def like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter in the dtype of what it meets: trained ones are float32 always."""
+    return _as(parameter, x.dtype)
 
 
 def _as(x: Tensor, dtype: paddle.dtype) -> Tensor:

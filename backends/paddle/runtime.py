@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from paddle.distributed.fleet.utils import recompute as _recompute
 
 from backends.errors import BackendError
 from backends.paddle import _fused, _state
-from backends.process import peak_resident_bytes
+from backends.process import available_bytes, peak_resident_bytes, processor_name
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Floating dtypes, best first for inference."""
@@ -120,6 +120,21 @@ def peak_memory() -> int:
     return peak_resident_bytes()
 
 
+def device_name() -> str:
+    return processor_name() if _state.device == "cpu" else _properties().name
+
+
+def device_memory() -> int | None:
+    return available_bytes() if _state.device == "cpu" else _properties().total_memory
+
+
+def _properties() -> Any:
+    """Of the device in force, which is none of the host."""
+    if _state.device.startswith("gpu"):
+        return paddle.device.cuda.get_device_properties(_state.device)
+    return paddle.device.get_device_properties(_state.device)
+
+
 # --- NumPy in and out ------------------------------------------------------------------------
 
 
@@ -141,12 +156,13 @@ def numpy(x: Tensor) -> np.ndarray:
     return x.numpy()
 
 
-def _upload(array: np.ndarray, dtype: str) -> Tensor:
+def _upload(array: np.ndarray, dtype: str | paddle.dtype) -> Tensor:
     """Float array -> a tensor of this dtype on the device. uint16 holds bfloat16 bits."""
     if np.asarray(array).dtype == np.float64:
         array = np.asarray(array, np.float32)
     x = paddle.to_tensor(array)
-    return x if x.dtype == paddle.base.data_feeder.convert_dtype(dtype) else x.astype(dtype)
+    wanted = getattr(paddle, dtype) if isinstance(dtype, str) else dtype
+    return x if x.dtype == wanted else x.astype(wanted)
 
 
 # --- parameters ------------------------------------------------------------------------------
@@ -165,32 +181,35 @@ def build(factory: Callable[[], Any]) -> Any:
 
 
 def parameter_shapes(module: paddle.nn.Layer) -> dict[str, tuple[int, ...]]:
-    return {name: _canonical_shape(p, turned) for name, p, turned in _parameters(module)}
+    return {name: canonical_shape(p, turned) for name, p, turned in named_parameters(module)}
 
 
 def assign(module: paddle.nn.Layer, name: str, array: np.ndarray, bfloat16: bool = False) -> None:
-    parameter, turned = _find(module, name)
-    wanted = _canonical_shape(parameter, turned)
-    if array.shape != wanted:
-        raise BackendError(f"wrong shape for {name!r}", given=array.shape, expected=wanted)
+    parameter, turned = find(module, name)
     if bfloat16 != (array.dtype == np.uint16):
         raise BackendError(
             f"wrong dtype for {name!r}",
             given=f"{array.dtype} with bfloat16={bfloat16}",
             expected="uint16 bits with bfloat16=True, floats with bfloat16=False",
         )
-    value = _upload(array, _state.dtype)
-    if turned:
-        value = paddle.transpose(value, [1, 0]).contiguous()
     # The parameter takes over this memory: nothing is copied a second time.
-    value._share_buffer_to(parameter)
+    stored(name, array, parameter, turned)._share_buffer_to(parameter)
+
+
+def stored(name: str, array: np.ndarray, parameter: Tensor, turned: bool) -> Tensor:
+    """A canonical array as the parameter (or what belongs to it) is stored, in its dtype."""
+    wanted = canonical_shape(parameter, turned)
+    if array.shape != wanted:
+        raise BackendError(f"wrong shape for {name!r}", given=array.shape, expected=wanted)
+    value = _upload(array, parameter.dtype)
+    return paddle.transpose(value, [1, 0]).contiguous() if turned else value
 
 
 def fetch(module: paddle.nn.Layer, name: str) -> np.ndarray:
-    return _canonical(*_find(module, name))
+    return canonical(*find(module, name))
 
 
-def _parameters(module: paddle.nn.Layer) -> Iterator[tuple[str, Tensor, bool]]:
+def named_parameters(module: paddle.nn.Layer) -> Iterator[tuple[str, Tensor, bool]]:
     """(canonical name, parameter, whether stored turned) of every parameter, each once."""
     seen = set()
     for path, layer in module.named_sublayers(include_self=True):
@@ -205,7 +224,7 @@ def _is_turned(layer: paddle.nn.Layer, leaf: str) -> bool:
     return isinstance(layer, paddle.nn.Linear) and leaf == "weight"
 
 
-def _find(module: paddle.nn.Layer, name: str) -> tuple[Tensor, bool]:
+def find(module: paddle.nn.Layer, name: str) -> tuple[Tensor, bool]:
     path, _, leaf = name.rpartition(".")
     try:
         layer = functools.reduce(getattr, path.split(".") if path else [], module)
@@ -214,18 +233,44 @@ def _find(module: paddle.nn.Layer, name: str) -> tuple[Tensor, bool]:
         raise BackendError(f"the module has no parameter {name!r}") from None
 
 
-def _canonical_shape(parameter: Tensor, turned: bool) -> tuple[int, ...]:
+def canonical_shape(parameter: Tensor, turned: bool) -> tuple[int, ...]:
     shape = tuple(parameter.shape)
     return shape[::-1] if turned else shape
 
 
-def _canonical(x: Tensor, turned: bool) -> np.ndarray:
+def canonical(x: Tensor, turned: bool) -> np.ndarray:
     """A parameter or its gradient as NumPy in canonical orientation."""
     # Files are written from these arrays, so they are contiguous.
     return np.ascontiguousarray(numpy(x).T) if turned else numpy(x)
 
 
 # --- gradients -------------------------------------------------------------------------------
+
+
+def set_trained(module: paddle.nn.Layer, names: Collection[str]) -> None:
+    parameters = {name: p for name, p, _ in named_parameters(module)}
+    unknown = sorted(set(names) - parameters.keys())
+    if unknown:
+        raise BackendError(
+            "these cannot be trained: the module has no such parameters", given=unknown[:5]
+        )
+    for name, parameter in parameters.items():
+        parameter.stop_gradient = name not in names
+        if name in names and parameter.dtype != paddle.float32:
+            _replace(module, parameter, _empty32(parameter))
+
+
+def _empty32(parameter: Tensor) -> Tensor:
+    """A float32 parameter like this one, without memory. A parameter cannot change its dtype."""
+    with paddle.LazyGuard():
+        return paddle.nn.Layer().create_parameter(parameter.shape, dtype="float32")
+
+
+def _replace(module: paddle.nn.Layer, old: Tensor, new: Tensor) -> None:
+    for layer in module.sublayers(include_self=True):
+        for leaf, parameter in layer._parameters.items():
+            if parameter is old:
+                layer._parameters[leaf] = new
 
 
 def no_grad() -> Any:
@@ -236,7 +281,7 @@ def value_and_grad(
     function: Callable[..., Tensor], module: paddle.nn.Layer
 ) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
     def run(*args: Tensor) -> tuple[float, dict[str, np.ndarray]]:
-        parameters = list(_parameters(module))
+        parameters = list(named_parameters(module))
         learnt = [p for _, p, _ in parameters if not p.stop_gradient]
         with paddle.enable_grad():
             value = function(*args)
@@ -251,8 +296,8 @@ def value_and_grad(
 
 def _gradient(found: Tensor | None, parameter: Tensor, turned: bool) -> np.ndarray:
     if found is None:
-        return np.zeros(_canonical_shape(parameter, turned), np.float32)
-    return _canonical(found, turned)
+        return np.zeros(canonical_shape(parameter, turned), np.float32)
+    return canonical(found, turned)
 
 
 def grad_of(function: Callable[..., Tensor], *args: Tensor) -> list[np.ndarray]:

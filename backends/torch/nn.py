@@ -12,9 +12,10 @@ Module = torch.nn.Module
 ModuleList = torch.nn.ModuleList
 
 
-def parameter(shape: Sequence[int]) -> torch.nn.Parameter:
+def parameter(shape: Sequence[int], dtype: str | None = None) -> torch.nn.Parameter:
     """A bare parameter, not initialised."""
-    return torch.nn.Parameter(torch.empty(tuple(shape)))
+    empty = torch.empty(tuple(shape), dtype=dtype and getattr(torch, dtype))
+    return torch.nn.Parameter(empty, requires_grad=empty.is_floating_point())
 
 
 class Linear(torch.nn.Linear):
@@ -26,19 +27,25 @@ class Linear(torch.nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: values come from a checkpoint or a recipe."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
     def matrix(self) -> torch.Tensor:
         """The weight as [out, in]."""
         return self.weight
 
 
 class Embedding(torch.nn.Embedding):
-    """torch.nn.Embedding without its random initialisation."""
+    """torch.nn.Embedding without its random initialisation; rows come in the dtype in force."""
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__(rows, size)
 
     def reset_parameters(self) -> None:
         """Nothing: values come from a checkpoint or a recipe."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ops.take_rows(self.weight, ids).to(ops.COMPUTE)
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from backends import quantised
+from backends.contract import dropout_limit
+from backends.torch import fused_4bit
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,6 +27,8 @@ FUSED = True
 """The one switch between fused kernels and the portable form; set by runtime.setup."""
 DEVICE = torch.device("cpu")
 """Where `zeros` puts its result; set by runtime.setup."""
+COMPUTE = torch.float32
+"""The dtype in force; set by runtime.setup."""
 
 CHUNK_BYTES = 64 * 2**20
 """Float32 logits that `linear_cross_entropy` holds at a time."""
@@ -93,7 +100,45 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight_OI, bias_O)
+    bias_O = None if bias_O is None else bias_O.to(x.dtype)
+    return F.linear(x, weight_OI.to(x.dtype), bias_O)
+
+
+def quantised_linear(x: Tensor, codes: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
+    return _QuantisedLinear.apply(x, codes, scale_OG, kind)
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    """Keeps the codes alone for the backward pass, which needs the weight once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
+        ctx.save_for_backward(codes, scale_OG)
+        ctx.kind = kind
+        return F.linear(x, _dequantised(codes, scale_OG, kind, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, scale_OG = ctx.saved_tensors
+        return upstream @ _dequantised(codes, scale_OG, ctx.kind, upstream.dtype), None, None, None
+
+
+def _dequantised(codes: Tensor, scale_OG: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    if FUSED and codes.dtype == torch.uint8:
+        weight_OI = fused_4bit.dequantised(codes, scale_OG, kind, dtype)
+        if weight_OI is not None:
+            return weight_OI
+    rows, blocks = scale_OG.shape
+    if kind == "int8":
+        share = codes.float() / quantised.LARGEST
+    else:
+        share = F.embedding(codes.int(), _pairs(kind, codes.device))
+    return (share.view(rows, blocks, -1) * scale_OG[..., None]).view(rows, -1).to(dtype)
+
+
+@functools.cache
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    return torch.from_numpy(quantised.pairs(kind)).to(device)
 
 
 def softmax(x: Tensor, axis: int) -> Tensor:
@@ -120,14 +165,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+# --- dropout ---------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, rows: Tensor, columns_D: Tensor, salt: int, rate: float) -> Tensor:
+    number = (rows.int() * salt)[..., None] * columns_D.int()
+    return torch.where(number >= dropout_limit(rate), x / (1 - rate), 0)
+
+
 # --- normalisation ---------------------------------------------------------------------------
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
+    return F.layer_norm(x, weight_D.shape, weight_D.to(x.dtype), bias_D.to(x.dtype), eps)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    weight_D = weight_D.to(x.dtype)
     if FUSED and x.dtype == torch.float32:
         # Below float32 torch's fused kernel multiplies before it rounds; LLaMA rounds first.
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
@@ -231,6 +285,8 @@ def cache_update(cache_BTKD: Tensor, new_BSKD: Tensor, start_B: Tensor) -> Tenso
 
 
 def patch_embed(x_B3HW: Tensor, weight_OIPP: Tensor, bias_O: Tensor | None) -> Tensor:
+    bias_O = None if bias_O is None else bias_O.to(x_B3HW.dtype)
+    weight_OIPP = weight_OIPP.to(x_B3HW.dtype)
     return F.conv2d(x_B3HW, weight_OIPP, bias_O, stride=weight_OIPP.shape[-1]).flatten(2).mT
 
 
@@ -255,6 +311,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+        weight_dtype, weight_VD = weight_VD.dtype, weight_VD.to(hidden_ND.dtype)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
@@ -275,7 +332,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_weight:
                 grad_weight += (grad_NV.T @ hidden).float()
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.weight_dtype = weight_dtype
         return total
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import torch
 import torch.utils.checkpoint
 
 from backends.errors import BackendError
-from backends.process import peak_resident_bytes
-from backends.torch import ops
+from backends.process import available_bytes, peak_resident_bytes, processor_name
+from backends.torch import native, ops
 
 if importlib.util.find_spec("torch_npu"):
     # Registers the device type `npu` with torch.
@@ -69,6 +69,7 @@ def setup(device: str, dtype: str, kernels: str = "auto") -> None:
         )
     _STATE.update(device=matching[0], dtype=dtype)
     ops.DEVICE, ops.FUSED = torch.device(matching[0]), kernels == "auto"
+    ops.COMPUTE = ops.DTYPES[dtype]
     if ops.DEVICE.type in ("cuda", "npu", "xpu"):
         getattr(torch, ops.DEVICE.type).set_device(ops.DEVICE)
 
@@ -81,12 +82,8 @@ def seed(value: int) -> None:
     torch.manual_seed(value)
 
 
-def _compute_dtype() -> torch.dtype:
-    return ops.DTYPES[_STATE["dtype"]]
-
-
 def tensor(array: np.ndarray) -> torch.Tensor:
-    kinds = {"f": _compute_dtype(), "i": torch.int64, "u": torch.int64, "b": torch.bool}
+    kinds = {"f": ops.COMPUTE, "i": torch.int64, "u": torch.int64, "b": torch.bool}
     return torch.from_numpy(np.ascontiguousarray(array)).to(ops.DEVICE, kinds[array.dtype.kind])
 
 
@@ -103,7 +100,7 @@ def numpy(x: torch.Tensor) -> np.ndarray:
 
 def build(factory: Callable[[], Any]) -> Any:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(_compute_dtype())
+    torch.set_default_dtype(ops.COMPUTE)
     try:
         with torch.device("meta"):
             return factory().eval()
@@ -121,14 +118,35 @@ def assign(module: torch.nn.Module, name: str, array: np.ndarray, bfloat16: bool
     # view: NumPy has no bfloat16, so its bits travel as integers.
     value = torch.from_numpy(array.view(np.int16) if bfloat16 else array)
     value = value.view(torch.bfloat16) if bfloat16 else value
+    held = getattr(owner, leaf)
+    if hasattr(held, "device_mesh"):
+        held.detach().to_local().copy_(native.own_rows(held, value))
+        return
+    if not held.is_meta:
+        # In place: an engine or a compiled function may hold on to the parameter.
+        held.data.copy_(value)
+        return
     # copy=True: the array may be a view of a memory-mapped file.
-    value = value.to(device=ops.DEVICE, dtype=_compute_dtype(), copy=True)
-    trainable = getattr(owner, leaf).requires_grad
-    setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=trainable))
+    value = value.to(device=ops.DEVICE, dtype=held.dtype, copy=True)
+    setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=held.requires_grad))
 
 
 def fetch(module: torch.nn.Module, name: str) -> np.ndarray:
-    return numpy(module.get_parameter(name))
+    # A copy: on the host `numpy` gives a view, and parameters are changed in place.
+    return np.array(numpy(module.get_parameter(name)))
+
+
+def set_trained(module: torch.nn.Module, names: Collection[str]) -> None:
+    trained = set(names)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+        if name in trained:
+            parameter.data = parameter.data.float()
+        trained.discard(name)
+    if trained:
+        raise BackendError(
+            "these cannot be trained: the module has no such parameters", given=sorted(trained)[:5]
+        )
 
 
 def no_grad() -> Any:
@@ -140,13 +158,13 @@ def value_and_grad(
 ) -> Callable[..., tuple[float, dict[str, np.ndarray]]]:
     def run(*args: torch.Tensor) -> tuple[float, dict[str, np.ndarray]]:
         parameters = dict(module.named_parameters())
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
         with torch.enable_grad():
             value = function(*args)
-            gradients = torch.autograd.grad(value, parameters.values(), allow_unused=True)
-        return value.item(), {
-            name: np.zeros(tuple(p.shape), np.float32) if g is None else numpy(g)
-            for (name, p), g in zip(parameters.items(), gradients, strict=True)
-        }
+            found = torch.autograd.grad(value, trained.values(), allow_unused=True)
+        gradients = {n: numpy(g) for n, g in zip(trained, found, strict=True) if g is not None}
+        zeros = {n: np.zeros(tuple(p.shape), np.float32) for n, p in parameters.items()}
+        return value.item(), zeros | gradients
 
     return run
 
@@ -196,3 +214,16 @@ def peak_memory() -> int:
     if ops.DEVICE.type in ("cuda", "npu", "xpu"):
         return getattr(torch, ops.DEVICE.type).max_memory_allocated()
     return peak_resident_bytes()
+
+
+def device_name() -> str:
+    if ops.DEVICE.type in ("cuda", "npu", "xpu"):
+        return getattr(torch, ops.DEVICE.type).get_device_name(ops.DEVICE)
+    return processor_name()
+
+
+def device_memory() -> int | None:
+    if ops.DEVICE.type in ("cuda", "npu", "xpu"):
+        module = getattr(torch, ops.DEVICE.type)
+        return module.get_device_properties(ops.DEVICE).total_memory
+    return available_bytes()

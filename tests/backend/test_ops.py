@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from backends import contract
+from backends.quantised import quantise
 
 TOLERANCE = 1e-5
 """Of the largest entry, in float32."""
@@ -25,6 +26,11 @@ def normal(*shape: int) -> np.ndarray:
 
 def integers(high: int, *shape: int) -> np.ndarray:
     return RNG.integers(0, high, shape)
+
+
+def odd(*shape: int) -> np.ndarray:
+    """Any odd int32."""
+    return RNG.integers(-(2**30), 2**30, shape) * 2 + 1
 
 
 def cosines(rows: int, size: int) -> np.ndarray:
@@ -53,6 +59,10 @@ CASES: list[tuple[str, tuple, dict]] = [
     ("matmul", (normal(2, 3, 4), normal(4, 5)), {}),
     ("linear", (normal(2, 3, 4), normal(5, 4), normal(5)), {}),
     ("linear", (normal(3, 4), normal(5, 4)), {}),
+    *(
+        ("quantised_linear", (normal(2, 3, width), *quantise(normal(6, width), kind), kind), {})
+        for kind, width in (("int8", 20), ("int4", 128), ("nf4", 128), ("nf4", 96))
+    ),
     ("softmax", (normal(3, 5) * 10,), {"axis": -1}),
     ("gelu", (np.linspace(-6, 6, 101, dtype=np.float32),), {"approximate": False}),
     ("gelu", (np.linspace(-6, 6, 101, dtype=np.float32),), {"approximate": True}),
@@ -60,6 +70,7 @@ CASES: list[tuple[str, tuple, dict]] = [
     ("silu", (np.linspace(-9, 9, 101, dtype=np.float32),), {}),
     ("relu", (np.linspace(-3, 3, 100, dtype=np.float32),), {}),
     ("swiglu", (normal(3, 8), normal(3, 8)), {}),
+    ("dropout", (normal(3, 40, 64), odd(3, 40), odd(64), -1234567, 0.3), {}),
     ("layer_norm", (normal(2, 3, 16) * 3 + 1, normal(16), normal(16)), {"eps": 1e-5}),
     ("layer_norm", (normal(2, 16) * 1e-3, normal(16), normal(16)), {"eps": 1e-6}),
     ("rms_norm", (normal(2, 3, 16) * 3, normal(16)), {"eps": 1e-5}),
@@ -170,8 +181,8 @@ def test_gradient(case, ops, runtime):
     shape = np.shape(reference(*wide, **options))
     weights = normal(*shape) if shape else np.float32(1.0)
     places = [n for n, a in enumerate(args) if is_float(a)]
-    if name == "rotary":
-        places = [0]  # the tables are constants
+    if name in ("rotary", "quantised_linear"):
+        places = [0]  # the tables are constants, and so is what the weight is made of
 
     def scalar(*floats):
         full = [convert(a, runtime.tensor) for a in args]

@@ -218,7 +218,8 @@ def test_bad_input_has_exit_code_2(run, tiny, options, told):
 
 def test_a_process_that_dies_is_reported_with_its_log(tmp_path, tiny):
     wanted = job.Job(
-        "torch", "native", "torch", "cpu", "float32", str(tiny("llava")), str(tmp_path / "absent"),
+        "torch", "native", "torch", "cpu", "float32", str(tiny("llava")), None, None,
+        str(tmp_path / "absent"),
         str(tmp_path / "store"), True, ("auto",), (), False, 0,
     )  # fmt: skip
     with pytest.raises(UnillavaError, match="ended without a result") as caught:

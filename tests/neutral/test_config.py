@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tests.real_configs import REAL_CONFIGS, Config
 from unillava.config import read_spec, write_config
-from unillava.config.tables import ARCHITECTURES
 from unillava.errors import ConfigError
 from unillava.spec import LlavaSpec, ProjectorSpec, RopeSpec, TextSpec, VideoSpec, VisionSpec
+from weight_convert.canonical import ARCHITECTURES
 
 LLAVA = REAL_CONFIGS["LLaVA-1.5-7B"]
 NEXT = REAL_CONFIGS["LLaVA-NeXT-Vicuna-7B"]

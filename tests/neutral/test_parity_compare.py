@@ -761,8 +761,8 @@ def test_another_number_of_threads(monkeypatch):
 
 def test_jobs_survive_the_disk(tmp_path):
     wanted = job.Job(
-        "a", "native", "torch", None, "float32", "/c", "/i", "/s", True, ("auto",), ("x", "y"),
-        True, 4,
+        "a", "native", "torch", None, "float32", "/c", "/b", None, "/i", "/s", True, ("auto",),
+        ("x", "y"), True, 4,
     )  # fmt: skip
     wanted.write(tmp_path / "job")
     assert job.Job.read(tmp_path / "job") == wanted

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from weight_convert.errors import CheckpointError
 from weight_convert.storage.safetensors import (
     INDEX_FILE,
-    NUMPY_DTYPES,
     SINGLE_FILE,
     ShardWriter,
     open_directory,
     open_file,
     write_shards,
 )
+from weight_convert.storage.tensor import NUMPY_DTYPES
 
 LIBRARY_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -96,7 +96,7 @@ def test_the_librarys_files_are_read(
     assert file.entries.keys() == tensors.keys()
     for name, (code, array) in tensors.items():
         assert file.entries[name].dtype == code
-        read = file.read(name)
+        read = file.tensor(name).read()
         assert read.dtype == array.dtype and read.shape == array.shape
         assert read.tobytes() == array.tobytes()
 
@@ -128,7 +128,7 @@ def test_a_tensor_larger_than_a_shard_stands_alone(tmp_path: Path) -> None:
 def test_bfloat16_is_carried_as_uint16(tmp_path: Path) -> None:
     bits = np.array([0x3F80, 0xC000], np.uint16)  # 1, -2
     write(tmp_path, {"x": ("BF16", bits)})
-    assert open_file(tmp_path / SINGLE_FILE).read("x").tolist() == bits.tolist()
+    assert open_file(tmp_path / SINGLE_FILE).tensor("x").read().tolist() == bits.tolist()
     entries = safetensors.deserialize((tmp_path / SINGLE_FILE).read_bytes())
     assert [(name, entry["dtype"]) for name, entry in entries] == [("x", "BF16")]
 
@@ -137,7 +137,7 @@ def test_arrays_are_private_and_need_no_order(tmp_path: Path) -> None:
     transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
     write(tmp_path, {"x": ("F32", transposed)})
     before = (tmp_path / SINGLE_FILE).read_bytes()
-    array = open_file(tmp_path / SINGLE_FILE).read("x")
+    array = open_file(tmp_path / SINGLE_FILE).tensor("x").read()
     assert array.tolist() == transposed.tolist()
     array[:] = 0
     assert (tmp_path / SINGLE_FILE).read_bytes() == before
@@ -148,7 +148,7 @@ def test_unaligned_tensors_come_aligned(tmp_path: Path) -> None:
     assert (8 + len(header)) % 8
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<d", 2.5))
-    array = open_file(path).read("x")
+    array = open_file(path).tensor("x").read()
     assert array.flags.aligned and array.tolist() == [2.5]
 
 
@@ -322,7 +322,7 @@ def test_any_damage_is_refused_or_harmless(
         return
     for name, place in file.entries.items():
         assert place.end <= len(content)
-        assert file.read(name).nbytes == place.end - place.begin
+        assert file.tensor(name).read().nbytes == place.end - place.begin
 
 
 # --- directories ---------------------------------------------------------------------------------

@@ -18,13 +18,8 @@ from transformers import AutoConfig
 from tests.real_configs import REAL_CONFIGS, Config
 from unillava.checkpoint import open_checkpoint
 from unillava.config import read_spec, write_config
-from unillava.config.tables import (
-    ARCHITECTURES,
-    TEXT_DEFAULTS,
-    TOP_DEFAULTS,
-    VISION_DEFAULTS,
-)
 from unillava.spec import LlavaSpec, parameter_table
+from weight_convert.canonical import ARCHITECTURES, TEXT_DEFAULTS, TOP_DEFAULTS, VISION_DEFAULTS
 from weight_convert.dialects import hf
 
 TINY_TEXT = {
@@ -162,9 +157,9 @@ def test_saved_weights_open_under_every_spelling(family: str, vision: str, tmp_p
     model.save_pretrained(tmp_path / "saved")
     saved = open_checkpoint(tmp_path / "saved")
     saved.check()
-    assert hf.spelling_of(place.name for place in saved.stored.values()) == (
-        "saved by transformers 5"
-    )
+    assert hf.spelling_of(
+        place.name for tensor in saved.stored.values() for place in tensor.places
+    ) == ("saved by transformers 5")
     in_memory = {name: tensor.detach() for name, tensor in model.named_parameters()}
     assert hf.spelling_of(in_memory) == "in memory, transformers 5"
     for name, array, _ in saved.tensors():

@@ -13,7 +13,20 @@ import typer
 
 from unillava.errors import UnillavaError
 
-COMMANDS = ("chat", "predict", "info", "parity", "doctor", "tiny")
+COMMANDS = (
+    "chat",
+    "predict",
+    "info",
+    "parity",
+    "convert",
+    "verify",
+    "compose",
+    "data",
+    "train",
+    "launch",
+    "doctor",
+    "tiny",
+)
 """Each is a module of this package with `register(app)`."""
 
 

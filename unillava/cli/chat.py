@@ -51,6 +51,8 @@ def register(app: typer.Typer) -> None:
 def _chat(
     directory: flags.Directory = None,
     model_path: flags.ModelPath = None,
+    base: flags.Base = None,
+    vision: flags.Vision = None,
     image: Annotated[
         list[str] | None, typer.Option("--image", help="Picture: path or URL; repeatable.")
     ] = None,
@@ -108,6 +110,8 @@ def _chat(
         template=template,
         compile=compiled,
         num_frames=num_frames,
+        base=base,
+        vision=vision,
     )
     loaded = time.perf_counter() - started
     dialogue = Dialogue(model, system=system, options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +59,28 @@ NumFrames = Annotated[
     int, typer.Option("--num-frames", min=1, help="Frames taken from a video, evenly spread.")
 ]
 System = Annotated[str | None, typer.Option(help="System text, in place of the template's own.")]
+
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        "--model-base",
+        metavar="DIR",
+        help="What the checkpoint lacks: the configuration and tokenizer of a bare weight file, "
+        "or the model that an adapter or a delta belongs to.",
+    ),
+]
+Vision = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="The vision tower of a checkpoint that has none inside."),
+]
+Strategy = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="MindSpore's strategy file or folder, for a checkpoint that is cut by ranks.",
+    ),
+]
 
 
 def checkpoint_path(directory: str | None, model_path: str | None) -> str:

@@ -25,6 +25,8 @@ def register(app: typer.Typer) -> None:
 def _info(
     directory: flags.Directory = None,
     model_path: flags.ModelPath = None,
+    base: flags.Base = None,
+    vision: flags.Vision = None,
     image_size: Annotated[
         list[str] | None,
         typer.Option("--image-size", metavar="WxH", help="Count tokens for it; repeatable."),
@@ -38,7 +40,8 @@ def _info(
     from unillava.checkpoint import open_checkpoint
 
     sizes = [parse_size(size) for size in image_size or []] or info.TYPICAL_SIZES
-    checkpoint = open_checkpoint(flags.checkpoint_path(directory, model_path))
+    path = flags.checkpoint_path(directory, model_path)
+    checkpoint = open_checkpoint(path, base=base, vision=vision)
     facts = info.examine(checkpoint, sizes)
     if as_json:
         print(json.dumps(info.as_json(facts), indent=2))

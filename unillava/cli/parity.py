@@ -21,6 +21,8 @@ def register(app: typer.Typer) -> None:
 def _parity(
     directory: flags.Directory = None,
     model_path: flags.ModelPath = None,
+    base: flags.Base = None,
+    vision: flags.Vision = None,
     backends: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +122,8 @@ def _parity(
         tolerance=tolerance,
         gradients=gradients,
         repeats=repeats,
+        base=base,
+        vision=vision,
         overrides=_pairs("--override", override or ()),
         work_dir=None if work_dir is None else str(work_dir),
     )

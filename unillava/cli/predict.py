@@ -26,6 +26,8 @@ def register(app: typer.Typer) -> None:
 def _predict(
     directory: flags.Directory = None,
     model_path: flags.ModelPath = None,
+    base: flags.Base = None,
+    vision: flags.Vision = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", "--question-file", help="Questions: JSON lines or a JSON list."),
@@ -86,7 +88,7 @@ def _predict(
     questions = chunk(read_questions(data, image_folder), num_chunks, chunk_idx)
     if on_error == "stop":
         _refuse_problems(questions)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, base=base, vision=vision)
     run = run_record(
         data,
         checkpoint.directory,
@@ -110,6 +112,8 @@ def _predict(
             template=template,
             compile=compiled,
             num_frames=num_frames,
+            base=base,
+            vision=vision,
         )
         started, kept = time.perf_counter(), answers.done
         with _progress(len(questions), kept) as progress:

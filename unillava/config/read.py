@@ -8,10 +8,8 @@ from typing import Any
 
 from unillava.config.fields import Fields
 from unillava.config.tables import (
-    ABSENT,
     ACTIVATIONS,
     ANYRES_VARIANTS,
-    ARCHITECTURES,
     DTYPES,
     IMAGE_MODES,
     NOT_PLAIN,
@@ -22,16 +20,20 @@ from unillava.config.tables import (
     POOL_POSITIONS,
     ROPE_FIELDS,
     STRATEGIES,
-    TEXT_DEFAULTS,
-    TOP_DEFAULTS,
     UNSUPPORTED_TEXT,
     UNSUPPORTED_VISION,
     VIDEO_NEWLINES,
-    VISION_DEFAULTS,
     VISION_KINDS,
-    Config,
 )
 from unillava.spec import LlavaSpec, ProjectorSpec, RopeSpec, TextSpec, VideoSpec, VisionSpec
+from weight_convert.canonical import (
+    ABSENT,
+    ARCHITECTURES,
+    TEXT_DEFAULTS,
+    TOP_DEFAULTS,
+    VISION_DEFAULTS,
+    Config,
+)
 
 
 def read_spec(

@@ -8,17 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from unillava.config.read import own_defaults, read_spec
-from unillava.config.tables import (
-    ABSENT,
-    ARCHITECTURES,
-    POOL_MODES,
-    POOL_POSITIONS,
-    ROPE_FIELDS,
-    VISION_KINDS,
-    Config,
-)
+from unillava.config.tables import POOL_MODES, POOL_POSITIONS, ROPE_FIELDS, VISION_KINDS
 from unillava.errors import ConfigError
 from unillava.spec import LlavaSpec, RopeSpec, VideoSpec
+from weight_convert.canonical import ABSENT, ARCHITECTURES, Config
 
 _SUPERSEDED = {
     "": ("dtype", "image_token_id", "video_token_id", "unillava"),

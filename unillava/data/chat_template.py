@@ -38,7 +38,7 @@ class CheckpointTemplate:
     name = "checkpoint"
 
     def __init__(self, tokenizer: Any, source: str) -> None:
-        self._tokenizer, self._source = tokenizer, source
+        self._tokenizer, self.source = tokenizer, source
         self._controls = control_strings(tokenizer)
         self._takes_parts = self._accepts_parts()
 
@@ -63,7 +63,7 @@ class CheckpointTemplate:
         """
         if add_generation_prompt:
             check_generation(messages)
-        marks = _unused_characters(messages, self._source)
+        marks = _unused_characters(messages, self.source)
         shown = [self._shown(message, marks) for message in messages]
         rendered = _without_marks(self._apply(shown, add_generation_prompt), marks)
         _check_media(messages, rendered)
@@ -80,7 +80,7 @@ class CheckpointTemplate:
         try:
             return self._tokenizer.apply_chat_template(
                 shown,
-                chat_template=self._source,
+                chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )

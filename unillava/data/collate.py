@@ -6,6 +6,7 @@ positions, 3HW pixels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,11 +44,25 @@ class Sample:
 def collate(
     samples: Sequence[Sample], *, pad_to: int = 1, spare: Sample | None = None
 ) -> dict[str, np.ndarray]:
-    """A right-padded batch of one sample per row.
+    """A right-padded batch of one sample per row; see `collate_rows`."""
+    return collate_rows([[sample] for sample in samples], pad_to=pad_to, spare=spare)
+
+
+def collate_rows(
+    rows: Sequence[Sequence[Sample]],
+    *,
+    pad_to: int = 1,
+    pad_targets_to: int = 1,
+    spare: Sample | None = None,
+) -> dict[str, np.ndarray]:
+    """A right-padded batch. The samples of a row do not see one another: each is a segment, and its
+    positions begin at 0.
 
     Args:
-        samples: at least one.
+        rows: at least one, of at least one sample each.
         pad_to: S becomes a multiple of this (buckets for compiled graphs).
+        pad_targets_to: N becomes a multiple of this; the targets added are -100, which adds
+            nothing to a loss.
         spare: whose tiles and frames a batch without any carries unused (training: every rank
             then runs the vision path, so that nobody waits for gradients that never come).
 
@@ -59,10 +74,11 @@ def collate(
     Raises:
         RequestError: no samples.
     """
-    if not samples:
+    if not rows or not all(rows):
         raise RequestError("nothing to collate", given="0 samples", expected="at least one")
-    B = len(samples)
-    lengths_B = np.array([len(sample) for sample in samples], np.int64)
+    samples = [sample for row in rows for sample in row]
+    B = len(rows)
+    lengths_B = np.array([sum(len(sample) for sample in row) for row in rows], np.int64)
     S = -(-int(lengths_B.max()) // pad_to) * pad_to
     with_images = [s for s in samples if s.pixels_T3HW is not None]
     with_videos = [s for s in samples if s.frames_F3HW is not None]
@@ -79,26 +95,47 @@ def collate(
 
     input_ids_BS = np.zeros((B, S), np.int64)
     segment_ids_BS = np.zeros((B, S), np.int64)
+    position_ids_BS = np.broadcast_to(np.arange(S, dtype=np.int64), (B, S)).copy()
     learnt_BS = np.zeros((B, S), bool)
     merge_index_BS = np.arange(B * S, dtype=np.int64).reshape(B, S)
     # First row of this sample's images and videos, and of the newline, in the model's table.
     first = {IMAGE: B * S, VIDEO: B * S + image_rows, NEWLINE: B * S + image_rows + video_rows}
-    for b, sample in enumerate(samples):
-        n = len(sample)
-        input_ids_BS[b, :n], segment_ids_BS[b, :n] = sample.ids_S, 1
-        learnt_BS[b, :n] = sample.learnt_S
-        for kind, base in first.items():
-            places = np.flatnonzero(sample.kind_S == kind)
-            merge_index_BS[b, places] = base + sample.row_S[places]
-        first[IMAGE] += sample.image_rows
-        first[VIDEO] += sample.video_rows
-    # Position s is asked for token s + 1, so the first token of a row is never a target.
-    target_index_N = np.flatnonzero(np.roll(learnt_BS, -1, 1) & (np.arange(S) < S - 1))
+    for b, row in enumerate(rows):
+        begin = 0
+        for segment, sample in enumerate(row, 1):
+            place = slice(begin, begin + len(sample))
+            input_ids_BS[b, place], segment_ids_BS[b, place] = sample.ids_S, segment
+            position_ids_BS[b, place] = np.arange(len(sample))
+            # Position s is asked for token s + 1, so the first token of a sample is no target.
+            learnt_BS[b, place] = sample.learnt_S
+            learnt_BS[b, begin] = False
+            for kind, base in first.items():
+                places = np.flatnonzero(sample.kind_S == kind)
+                merge_index_BS[b, begin + places] = base + sample.row_S[places]
+            first[IMAGE] += sample.image_rows
+            first[VIDEO] += sample.video_rows
+            begin += len(sample)
+    target_index_N = np.flatnonzero(learnt_BS) - 1
+    targets_N = input_ids_BS.reshape(-1)[target_index_N + 1]
+    spare_targets = -len(targets_N) % pad_targets_to
     return batch | {
         "input_ids": input_ids_BS,
-        "position_ids": np.broadcast_to(np.arange(S, dtype=np.int64), (B, S)).copy(),
+        "position_ids": position_ids_BS,
         "segment_ids": segment_ids_BS,
         "merge_index": merge_index_BS,
-        "target_index": target_index_N,
-        "targets": input_ids_BS.reshape(-1)[target_index_N + 1],
+        "target_index": np.pad(target_index_N, (0, spare_targets)),
+        "targets": np.pad(targets_N, (0, spare_targets), constant_values=-100),
     }
+
+
+def cut(sample: Sample, length: int) -> Sample:
+    """The first `length` positions; pictures stay whole, unused rows of them cost nothing more."""
+    if len(sample) <= length:
+        return sample
+    return dataclasses.replace(
+        sample,
+        ids_S=sample.ids_S[:length],
+        kind_S=sample.kind_S[:length],
+        row_S=sample.row_S[:length],
+        learnt_S=sample.learnt_S[:length],
+    )

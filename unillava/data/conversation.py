@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import yaml
 
@@ -40,6 +40,7 @@ __all__ = [
     "Template",
     "choose_template",
     "get_template",
+    "historical_names",
     "render",
     "template_names",
 ]
@@ -95,6 +96,10 @@ class Template:
     image: str = MARKERS["image"]
     examples: tuple[tuple[str, str], ...] = ()
     caption: bool = False
+    closing: str = ""
+    learns: Literal["answer", "turn", "segments"] = "answer"
+    learnt_tokens: tuple[str, ...] = ()
+    historical: bool = False
     stop: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     note: str = ""
@@ -120,6 +125,7 @@ class Template:
         system = [Piece(self.system, False)] if own_system is None else [Piece(own_system, True)]
         if not self.system_in_user:
             self._write_system(page, system)
+        page.end_segment(is_masked=True)
         for n, (question, answer) in enumerate(self.examples):
             self._write_user(page, [Piece(question, False)], system, is_first=n == 0)
             self._write_assistant(page, [Piece(answer, False)])
@@ -130,10 +136,14 @@ class Template:
                 self._write_user(page, self._media_as_here(pieces), system, is_first)
             else:
                 page.learnt.append(self._write_assistant(page, pieces))
+            page.end_segment(is_masked=message["role"] == "user")
+        page.write(self.assistant.header if add_generation_prompt else self.closing)
+        text, literals = "".join(page.strings), union(page.literals)
         if add_generation_prompt:
-            page.write(self.assistant.header)
-            page.learnt.clear()
-        return Rendered("".join(page.strings), union(page.learnt), union(page.literals))
+            return Rendered(text, literals=literals)
+        if self.learns == "segments":
+            return Rendered(text, (), literals, self.learnt_tokens, tuple(page.segments))
+        return Rendered(text, union(page.learnt), literals, self.learnt_tokens)
 
     def _write_system(self, page: _Page, system: list[Piece]) -> None:
         if any(piece.text for piece in system):
@@ -156,7 +166,8 @@ class Template:
             page.write(self.user.after)
 
     def _write_assistant(self, page: _Page, pieces: list[Piece]) -> Span:
-        """Returns the characters that the assistant has to produce."""
+        """Returns the characters that are learnt."""
+        turn_start = page.length
         page.write(self.assistant.header)
         start = end = page.length
         if pieces:
@@ -165,7 +176,7 @@ class Template:
             page.write(self.assistant.after)
             end = page.length
             page.write(self.after_answer)
-        return start, end
+        return (turn_start, page.length) if self.learns == "turn" else (start, end)
 
     def _media_as_here(self, pieces: list[Piece]) -> list[Piece]:
         """Image markers in this template's form; of a captioned image, the markers alone."""
@@ -184,6 +195,10 @@ class _Page:
     length: int = 0
     learnt: list[Span] = field(default_factory=list)
     literals: list[Span] = field(default_factory=list)
+    segments: list[tuple[int, bool]] = field(default_factory=list)
+
+    def end_segment(self, is_masked: bool) -> None:
+        self.segments.append((self.length, is_masked))
 
     def write(self, text: str) -> None:
         self.strings.append(text)
@@ -216,8 +231,13 @@ def render(
 
 
 def template_names() -> list[str]:
-    """Names of all templates, without aliases, sorted."""
-    return sorted({template.name for template in _templates().values()})
+    """Names of all templates, without aliases and historical ones, sorted."""
+    return sorted({t.name for t in _templates().values() if not t.historical})
+
+
+def historical_names() -> list[str]:
+    """Names of those that reproduce what a historical system trained on, sorted."""
+    return sorted({t.name for t in _templates().values() if t.historical})
 
 
 def get_template(name: str) -> Template:
@@ -277,9 +297,13 @@ def choose_template(
 def _templates() -> dict[str, Template]:
     """Every template under its name and each of its aliases."""
     source = Path(__file__).with_name("templates.yaml")
-    table = yaml.safe_load(source.read_text(encoding="utf-8"))["templates"]
+    sections = yaml.safe_load(source.read_text(encoding="utf-8"))
+    tables = {False: sections["templates"], True: sections["historical"]}
+    entries = [
+        (name, f | {"historical": h}) for h, table in tables.items() for name, f in table.items()
+    ]
     templates: dict[str, Template] = {}
-    for name, fields in table.items():
+    for name, fields in entries:
         template = _read_template(name, fields)
         for known_as in (name, *template.aliases):
             if templates.setdefault(known_as, template) is not template:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
@@ -53,6 +53,8 @@ _ALPHA_MODES = {"LA", "PA", "RGBA", "RGBa"}
 
 # Formats that Pillow hands to another program or to the system, or only recognises.
 _REFUSED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+# Their headers say the size and orientation of what is decoded.
+_TOLD_BY_HEADER = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -100,6 +102,44 @@ def load_image(
             place = locate(source, timeout=timeout, max_bytes=max_bytes)
             picture = _decode(place, max_pixels)
         return _upright(to_rgb(picture, transparency), picture)
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(height, width) in pixels of what `load_image` returns, without decoding the picture where
+    its header says it.
+
+    Raises:
+        MediaError: absent, unreachable, damaged in its header, too large, or not a picture.
+    """
+    with _readable(describe(source), MAX_PIXELS):
+        place = locate(source, timeout=TIMEOUT_S, max_bytes=MAX_IMAGE_BYTES)
+        with open(place, "rb") if isinstance(place, Path) else io.BytesIO(place) as file:
+            image = Image.open(file)
+            if image.format not in _TOLD_BY_HEADER or _says_more_later(file, image):
+                return load_image(source).size[::-1]
+            _check_size(image.size, MAX_PIXELS)
+            # Of a PNG the derived method decodes the whole picture, to see what follows it.
+            exif = Image.Image.getexif(image) if image.format == "PNG" else None
+            turned = orientation(image, exif) >= 5
+            width, height = image.size
+            return (width, height) if turned else (height, width)
+
+
+def _says_more_later(file: BinaryIO, image: Image.Image) -> bool:
+    """Whether a PNG has texts or EXIF behind its pixels, where an orientation may stand."""
+    if image.format != "PNG":
+        return False
+    place, seen = 8, False
+    while True:
+        file.seek(place)
+        head = file.read(8)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind in (b"IEND", b""):
+            return False
+        if seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            return True
+        seen = seen or kind == b"IDAT"
+        place += length + 12
 
 
 def to_rgb(image: Image.Image, transparency: Transparency = "white") -> Image.Image:
@@ -151,13 +191,19 @@ def _scaled_to_bytes(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values.clip(0.0) * (255.0 / full)).astype(np.uint8))
 
 
+def orientation(image: Image.Image, exif: Image.Exif | None = None) -> int:
+    """How the stored picture lies, as EXIF numbers it: 1 upright to 8; damaged EXIF counts as 1."""
+    try:
+        stated = (image.getexif() if exif is None else exif).get(_ORIENTATION, 1)
+    except Exception:  # whatever Pillow's readers stumble over, the picture itself is sound
+        return 1
+    return stated if stated in _TURNS else 1
+
+
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it copies an upright image, and it writes the whole EXIF block
     # anew, which fails for damaged ones.
-    try:
-        turn = _TURNS.get(original.getexif().get(_ORIENTATION, 1))
-    except Exception:  # whatever Pillow's readers stumble over, the picture itself is sound
-        turn = None
+    turn = _TURNS.get(orientation(original))
     if turn is None:
         return rgb
     turned = rgb.transpose(turn)

@@ -31,6 +31,16 @@ class Rendered:
     literals: tuple[Span, ...] = ()
     """[start, end) of characters that people or the model wrote: never markers or control tokens,
     even if they spell one."""
+    learnt_tokens: tuple[str, ...] = ()
+    """Each is one token, which is learnt wherever it stands."""
+    segments: tuple[tuple[int, bool], ...] = ()
+    """(end, whether it is masked) of the stretches that LLaVA's first rule measures, beginning
+    with what precedes the first turn; empty: that rule is not used."""
+
+    def stretch(self, start: int, end: int) -> Rendered:
+        """The text from `start` to `end` with its literals, nothing learnt."""
+        inside = [(max(a, start) - start, min(b, end) - start) for a, b in self.literals]
+        return Rendered(self.text[start:end], literals=tuple((a, b) for a, b in inside if a < b))
 
 
 @dataclass(frozen=True)

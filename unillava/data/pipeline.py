@@ -5,6 +5,8 @@ Shape letters: S positions, T tiles, F frames, 3HW pixels.
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from unillava.data.images import ImageProcessor, load_image
 from unillava.data.tokens import encode
 from unillava.data.video import load_frames
 from unillava.errors import RequestError
+from unillava.light import import_transformers_light
 from unillava.spec import LlavaSpec
 
 
@@ -33,18 +36,21 @@ class Pipeline:
     num_frames: int
     """Frames taken from a video."""
 
-    def prepare(self, chat_request: dict, *, generate: bool = True) -> Sample:
+    def prepare(
+        self, chat_request: dict, *, generate: bool = True, limit: int | None = -1
+    ) -> Sample:
         """One request (see `unillava.data.request.normalise`) as a sample.
 
         With `generate` the prompt ends where the assistant is to speak; without, the assistant
-        turns are learnt.
+        turns are learnt. A sample of more positions than `limit` is refused; -1: than the model's
+        context, None: no sample is.
 
         Raises:
-            RequestError: malformed request, or a prompt longer than the model's context.
+            RequestError: malformed request, or a prompt that is too long.
             MediaError: an image or video cannot be read.
         """
         messages, images, videos = request.normalise(chat_request)
-        self._refuse_unsupported(videos)
+        self.refuse_unsupported(videos)
         rendered = render(self.template, messages, add_generation_prompt=generate)
         encoded = encode(self.tokenizer, rendered, self.spec)
         tiles = [self.images.tiles(load_image(source)) for source in images]
@@ -57,16 +63,24 @@ class Pipeline:
             [size_hw for _, size_hw in tiles],
             frames,
         )
-        if len(sample) > self.spec.text.max_position:
+        limit = self.spec.text.max_position if limit == -1 else limit
+        if limit is not None and len(sample) > limit:
             raise RequestError(
                 "the prompt is longer than the model's context",
                 given=f"{len(sample)} positions ({int((sample.kind_S == TEXT).sum())} of text)",
-                expected=f"at most {self.spec.text.max_position}",
+                expected=f"at most {limit}",
                 fix="shorten the conversation, or give fewer or smaller images or frames",
             )
         return sample
 
-    def _refuse_unsupported(self, videos: Sequence[Any]) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Unpickling a tokenizer imports transformers, and that would import torch: seconds and
+        # hundreds of megabytes in each worker process.
+        values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return _revive, (pickle.dumps(values),)
+
+    def refuse_unsupported(self, videos: Sequence[Any]) -> None:
+        """Raise RequestError for videos that the model does not take."""
         if videos and self.spec.video is None:
             raise RequestError(
                 "this model does not take videos",
@@ -78,6 +92,11 @@ class Pipeline:
     def _frames(self, source: Any) -> np.ndarray:
         pictures, _ = load_frames(source, self.num_frames)
         return self.images.frames(pictures)
+
+
+def _revive(values: bytes) -> Pipeline:
+    import_transformers_light()
+    return Pipeline(*pickle.loads(values))
 
 
 def expand(

@@ -79,7 +79,46 @@ def encode(tokenizer: Any, rendered: Rendered, spec: LlavaSpec) -> Encoded:
     )
     encoded = _with_bos(tokenizer, encoded)
     _check_markers(rendered, encoded, marker_ids)
+    if rendered.segments:
+        encoded = Encoded(encoded.ids, _learnt_by_segments(tokenizer, rendered, spec, encoded))
+    if rendered.learnt_tokens:
+        everywhere = np.isin(encoded.ids, _single_ids(tokenizer, rendered.learnt_tokens))
+        encoded = Encoded(encoded.ids, encoded.learnt | everywhere)
     return encoded
+
+
+def _learnt_by_segments(
+    tokenizer: Any, rendered: Rendered, spec: LlavaSpec, encoded: Encoded
+) -> np.ndarray:
+    """LLaVA's first rule, to which all models of its kind v0 were trained.
+
+    Each segment is tokenised on its own, BOS included, only to be counted; so the counts need not
+    fit the whole. Of a masked turn the first two tokens are learnt; whatever follows the last
+    segment is, too.
+    """
+    learnt = np.ones(len(encoded.ids), bool)
+    start = cursor = 0
+    for n, (end, is_masked) in enumerate(rendered.segments):
+        count = len(encode(tokenizer, rendered.stretch(start, end), spec).ids)
+        if is_masked:
+            learnt[cursor + (2 if n else 0) : cursor + count] = False
+        start, cursor = end, cursor + count
+    return learnt
+
+
+def _single_ids(tokenizer: Any, strings: tuple[str, ...]) -> list[int]:
+    ids = []
+    for string in strings:
+        found = tokenizer(string, add_special_tokens=False).input_ids
+        if len(found) != 1:
+            raise RequestError(
+                "this template does not fit the tokenizer",
+                given=f"{string!r} is {len(found)} tokens",
+                expected="one token",
+                fix="choose a template that fits the language model",
+            )
+        ids += found
+    return ids
 
 
 def _marker_ids(rendered: Rendered, spec: LlavaSpec) -> dict[str, int]:

@@ -81,7 +81,8 @@ def model_name(directory: Path) -> str:
 def model_digest(directory: Path) -> str:
     """A fingerprint of a checkpoint's content: small files whole, of weights size and samples."""
     digest = hashlib.sha256()
-    for path in sorted(Path(directory).iterdir()):
+    directory = Path(directory)
+    for path in sorted(directory.iterdir()) if directory.is_dir() else [directory]:
         if path.is_file() and not path.name.startswith(".") and path.suffix.lower() != ".md":
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())

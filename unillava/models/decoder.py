@@ -2,6 +2,8 @@
 
 Shape letters: B rows, S positions of this call, T positions of the cache, D model width,
 H heads, K key/value heads, E size of a head, F feed-forward width, V vocabulary.
+
+`linear` makes the Linear layers, `noise` is for dropout in their adapters: `unillava.models.lora`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from typing import Any
 
 from backends import nn, ops
 from unillava.models.layers import activate
-from unillava.spec import TextSpec
+from unillava.models.lora import Linears, Noise
+from unillava.spec import AdapterSpec, TextSpec
 
 Tensor = Any
 
@@ -19,33 +22,40 @@ Tensor = Any
 class Attention(nn.Module):
     """Causal attention with rotary positions and grouped key/value heads."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: TextSpec, linear: Linears) -> None:
         super().__init__()
         D, E = spec.hidden_size, spec.head_dim
         self.heads, self.kv_heads, self.size = spec.num_heads, spec.num_kv_heads, E
         self.scale, self.window = 1 / math.sqrt(E), spec.sliding_window
-        self.q_proj = nn.Linear(D, spec.num_heads * E, spec.qkv_bias)
-        self.k_proj = nn.Linear(D, spec.num_kv_heads * E, spec.qkv_bias)
-        self.v_proj = nn.Linear(D, spec.num_kv_heads * E, spec.qkv_bias)
-        self.o_proj = nn.Linear(spec.num_heads * E, D, spec.output_bias)
+        self.q_proj = linear("q_proj", D, spec.num_heads * E, spec.qkv_bias)
+        self.k_proj = linear("k_proj", D, spec.num_kv_heads * E, spec.qkv_bias)
+        self.v_proj = linear("v_proj", D, spec.num_kv_heads * E, spec.qkv_bias)
+        self.o_proj = linear("o_proj", spec.num_heads * E, D, spec.output_bias)
 
-    def qkv(self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, noise: Noise | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of every position; positions turned into the first two."""
         B, S, _ = tuple(x_BSD.shape)
-        q_BSHE = ops.reshape(self.q_proj(x_BSD), (B, S, self.heads, self.size))
-        k_BSKE = ops.reshape(self.k_proj(x_BSD), (B, S, self.kv_heads, self.size))
-        v_BSKE = ops.reshape(self.v_proj(x_BSD), (B, S, self.kv_heads, self.size))
+        q_BSHE = ops.reshape(self.q_proj(x_BSD, noise), (B, S, self.heads, self.size))
+        k_BSKE = ops.reshape(self.k_proj(x_BSD, noise), (B, S, self.kv_heads, self.size))
+        v_BSKE = ops.reshape(self.v_proj(x_BSD, noise), (B, S, self.kv_heads, self.size))
         q_BSHE = ops.rotary(q_BSHE, cos_BSE, sin_BSE)
         return q_BSHE, ops.rotary(k_BSKE, cos_BSE, sin_BSE), v_BSKE
 
-    def out(self, x_BSHE: Tensor) -> Tensor:
+    def out(self, x_BSHE: Tensor, noise: Noise | None = None) -> Tensor:
         B, S, H, E = tuple(x_BSHE.shape)
-        return self.o_proj(ops.reshape(x_BSHE, (B, S, H * E)))
+        return self.o_proj(ops.reshape(x_BSHE, (B, S, H * E)), noise)
 
     def forward(
-        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, segment_ids_BS: Tensor | None
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        segment_ids_BS: Tensor | None,
+        noise: Noise | None = None,
     ) -> Tensor:
-        q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE)
+        q_BSHE, k_BSKE, v_BSKE = self.qkv(x_BSD, cos_BSE, sin_BSE, noise)
         return self.out(
             ops.attention(
                 q_BSHE,
@@ -55,7 +65,8 @@ class Attention(nn.Module):
                 causal=True,
                 segment_ids_BS=segment_ids_BS,
                 window=self.window,
-            )
+            ),
+            noise,
         )
 
     def cached(
@@ -99,39 +110,45 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """The gated feed-forward layer (SwiGLU where the activation is silu)."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: TextSpec, linear: Linears) -> None:
         super().__init__()
         D, F = spec.hidden_size, spec.intermediate_size
-        self.gate_proj = nn.Linear(D, F, spec.mlp_bias)
-        self.up_proj = nn.Linear(D, F, spec.mlp_bias)
-        self.down_proj = nn.Linear(F, D, spec.mlp_bias)
+        self.gate_proj = linear("gate_proj", D, F, spec.mlp_bias)
+        self.up_proj = linear("up_proj", D, F, spec.mlp_bias)
+        self.down_proj = linear("down_proj", F, D, spec.mlp_bias)
         self.activation = spec.hidden_act
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        gate_BSF, up_BSF = self.gate_proj(x_BSD), self.up_proj(x_BSD)
+    def forward(self, x_BSD: Tensor, noise: Noise | None = None) -> Tensor:
+        gate_BSF, up_BSF = self.gate_proj(x_BSD, noise), self.up_proj(x_BSD, noise)
         if self.activation == "silu":
-            return self.down_proj(ops.swiglu(gate_BSF, up_BSF))
-        return self.down_proj(activate(self.activation, gate_BSF) * up_BSF)
+            return self.down_proj(ops.swiglu(gate_BSF, up_BSF), noise)
+        return self.down_proj(activate(self.activation, gate_BSF) * up_BSF, noise)
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each normalised first and added to its input."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: TextSpec, linear: Linears) -> None:
         super().__init__()
-        self.self_attn = Attention(spec)
-        self.mlp = Mlp(spec)
+        self.self_attn = Attention(spec, linear.under("self_attn"))
+        self.mlp = Mlp(spec, linear.under("mlp"))
         self.input_layernorm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, segment_ids_BS: Tensor | None
+        self,
+        x_BSD: Tensor,
+        cos_BSE: Tensor,
+        sin_BSE: Tensor,
+        segment_ids_BS: Tensor | None,
+        noise: Noise | None = None,
     ) -> Tensor:
-        y_BSD = self.self_attn(self.input_layernorm(x_BSD), cos_BSE, sin_BSE, segment_ids_BS)
-        return self.feed_forward(x_BSD + y_BSD)
+        h_BSD = self.input_layernorm(x_BSD)
+        y_BSD = self.self_attn(h_BSD, cos_BSE, sin_BSE, segment_ids_BS, noise)
+        return self.feed_forward(x_BSD + y_BSD, noise)
 
-    def feed_forward(self, x_BSD: Tensor) -> Tensor:
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+    def feed_forward(self, x_BSD: Tensor, noise: Noise | None = None) -> Tensor:
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD), noise)
 
     def cached(
         self,
@@ -155,10 +172,12 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Embeddings, blocks and final norm: what checkpoints call `model`."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: TextSpec, linear: Linears) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList([Block(spec) for _ in range(spec.num_layers)])
+        self.layers = nn.ModuleList(
+            [Block(spec, linear.under(f"layers.{n}")) for n in range(spec.num_layers)]
+        )
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
     def forward(
@@ -167,9 +186,10 @@ class Stack(nn.Module):
         cos_BSE: Tensor,
         sin_BSE: Tensor,
         segment_ids_BS: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
         for layer in self.layers:
-            x_BSD = layer(x_BSD, cos_BSE, sin_BSE, segment_ids_BS)
+            x_BSD = layer(x_BSD, cos_BSE, sin_BSE, segment_ids_BS, noise)
         return self.norm(x_BSD)
 
     def cached(
@@ -202,9 +222,9 @@ class Stack(nn.Module):
 class LanguageModel(nn.Module):
     """The decoder with its head. `caches` is (keys, values) of every block in one flat tuple."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: TextSpec, adapters: AdapterSpec | None = None) -> None:
         super().__init__()
-        self.model = Stack(spec)
+        self.model = Stack(spec, Linears(adapters).under("model"))
         self.tied = spec.tie_embeddings
         if not self.tied:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, False)
@@ -215,9 +235,10 @@ class LanguageModel(nn.Module):
         cos_BSE: Tensor,
         sin_BSE: Tensor,
         segment_ids_BS: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
         """Final hidden states of the merged rows, [B, S, D]."""
-        return self.model(x_BSD, cos_BSE, sin_BSE, segment_ids_BS)
+        return self.model(x_BSD, cos_BSE, sin_BSE, segment_ids_BS, noise)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., V] in the dtype of the model."""

@@ -12,24 +12,28 @@ from typing import Any
 
 from backends import nn, ops
 from unillava.models.decoder import LanguageModel
+from unillava.models.lora import Noise
 from unillava.models.projector import Projector
 from unillava.models.vision import VisionTower
-from unillava.spec import LlavaSpec
+from unillava.spec import AdapterSpec, LlavaSpec
 
 Tensor = Any
 
 
 class Llava(nn.Module):
-    """Its parameter names and shapes are `unillava.spec.parameter_table(spec)`."""
+    """Its parameter names and shapes are `unillava.spec.parameter_table(spec)`.
 
-    def __init__(self, spec: LlavaSpec) -> None:
+    With `adapters` those of `unillava.training.lora.adapter_table` come beside them.
+    """
+
+    def __init__(self, spec: LlavaSpec, adapters: AdapterSpec | None = None) -> None:
         super().__init__()
         self.vision_tower = VisionTower(spec.vision, spec.feature_layers, spec.keep_class_token)
         self.multi_modal_projector = Projector(spec.projector)
         self.has_newline = spec.has_newline
         if spec.has_newline:
             self.image_newline = nn.parameter((spec.text.hidden_size,))
-        self.language_model = LanguageModel(spec.text)
+        self.language_model = LanguageModel(spec.text, adapters)
         video = spec.video
         self.pool_mode = "none" if video is None else video.pool_mode
         self.pool_stride = 1 if video is None else video.pool_stride
@@ -92,7 +96,8 @@ class Llava(nn.Module):
         if video_rows_ND is not None:
             table.append(video_rows_ND)
         if self.has_newline:
-            table.append(ops.reshape(self.image_newline, (1, D)))
+            newline_D = ops.cast(self.image_newline, text_BSD.dtype)
+            table.append(ops.reshape(newline_D, (1, D)))
         return ops.take_rows(ops.concat(table, axis=0), merge_index_BS)
 
     # --- the decoder --------------------------------------------------------------------------
@@ -104,15 +109,34 @@ class Llava(nn.Module):
         cos_LE: Tensor,
         sin_LE: Tensor,
         segment_ids_BS: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
         """Final hidden states [B, S, D] of the whole sequence at once."""
         cos_BSE = ops.take_rows(cos_LE, position_ids_BS)
         sin_BSE = ops.take_rows(sin_LE, position_ids_BS)
-        return self.language_model(embeds_BSD, cos_BSE, sin_BSE, segment_ids_BS)
+        return self.language_model(embeds_BSD, cos_BSE, sin_BSE, segment_ids_BS, noise)
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """[..., V] in the dtype of the model."""
         return self.language_model.logits(hidden_BSD)
+
+    def hidden_states(
+        self,
+        input_ids_BS: Tensor,
+        merge_index_BS: Tensor,
+        position_ids_BS: Tensor,
+        cos_LE: Tensor,
+        sin_LE: Tensor,
+        segment_ids_BS: Tensor | None = None,
+        pixels_T3HW: Tensor | None = None,
+        frames_F3HW: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, S, D] from text, pixels and frames."""
+        images = None if pixels_T3HW is None else self.image_rows(pixels_T3HW)
+        videos = None if frames_F3HW is None else self.video_rows(frames_F3HW)
+        embeds_BSD = self.merge(input_ids_BS, merge_index_BS, images, videos)
+        return self.hidden(embeds_BSD, position_ids_BS, cos_LE, sin_LE, segment_ids_BS, noise)
 
     def forward(
         self,
@@ -125,11 +149,17 @@ class Llava(nn.Module):
         pixels_T3HW: Tensor | None = None,
         frames_F3HW: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [B, S, D] from text, pixels and frames."""
-        images = None if pixels_T3HW is None else self.image_rows(pixels_T3HW)
-        videos = None if frames_F3HW is None else self.video_rows(frames_F3HW)
-        embeds_BSD = self.merge(input_ids_BS, merge_index_BS, images, videos)
-        return self.hidden(embeds_BSD, position_ids_BS, cos_LE, sin_LE, segment_ids_BS)
+        """The same as `hidden_states`."""
+        return self.hidden_states(
+            input_ids_BS,
+            merge_index_BS,
+            position_ids_BS,
+            cos_LE,
+            sin_LE,
+            segment_ids_BS,
+            pixels_T3HW,
+            frames_F3HW,
+        )
 
     def loss(self, hidden_BSD: Tensor, target_index_N: Tensor, targets_N: Tensor) -> Tensor:
         """Sum of the token losses, float32; divide by the number of learnt tokens.
@@ -189,6 +219,42 @@ class Llava(nn.Module):
             embeds_BSD, cos_BSE, sin_BSE, start_B, caches, visible, uneven
         )
         return self.logits(hidden_BSD[:, -1]), caches
+
+
+class LlavaForTraining(Llava):
+    """The same parameters; `forward` is what training minimises."""
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        merge_index_BS: Tensor,
+        position_ids_BS: Tensor,
+        segment_ids_BS: Tensor,
+        cos_LE: Tensor,
+        sin_LE: Tensor,
+        target_index_N: Tensor,
+        targets_N: Tensor,
+        pixels_T3HW: Tensor | None = None,
+        frames_F3HW: Tensor | None = None,
+        noise_rows_BS: Tensor | None = None,
+        noise_columns_W: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the token losses over the batch, float32; a target of -100 adds nothing.
+
+        The noise is what dropout in adapters is decided by; without it nothing is dropped.
+        """
+        hidden_BSD = self.hidden_states(
+            input_ids_BS,
+            merge_index_BS,
+            position_ids_BS,
+            cos_LE,
+            sin_LE,
+            segment_ids_BS,
+            pixels_T3HW,
+            frames_F3HW,
+            None if noise_rows_BS is None else (noise_rows_BS, noise_columns_W),
+        )
+        return self.loss(hidden_BSD, target_index_N, targets_N)
 
 
 def resample_rows(x_FQQC: Tensor, smaller: int) -> Tensor:

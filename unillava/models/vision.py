@@ -34,9 +34,10 @@ class Embeddings(nn.Module):
         x_TPC = self.patch_embedding(pixels_T3HW)
         if self.has_class:
             T, _, C = tuple(x_TPC.shape)
-            class_T1C = ops.broadcast_to(ops.reshape(self.class_embedding, (1, 1, C)), (T, 1, C))
+            class_C = ops.cast(self.class_embedding, x_TPC.dtype)
+            class_T1C = ops.broadcast_to(ops.reshape(class_C, (1, 1, C)), (T, 1, C))
             x_TPC = ops.concat([class_T1C, x_TPC], axis=1)
-        return x_TPC + self.position_embedding.weight[None]
+        return x_TPC + ops.cast(self.position_embedding.weight, x_TPC.dtype)[None]
 
 
 class Attention(nn.Module):

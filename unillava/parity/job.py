@@ -51,6 +51,9 @@ class Job:
     device: str | None
     dtype: str
     checkpoint: str
+    base: str | None
+    vision: str | None
+    """As in `unillava.checkpoint.open_checkpoint`."""
     inputs: str
     """What `unillava.parity.batch.Inputs.write` wrote."""
     store: str

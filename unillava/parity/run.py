@@ -21,7 +21,7 @@ from typing import Any, Literal
 from PIL import Image
 
 import backends
-from unillava.checkpoint import Checkpoint, open_checkpoint
+from unillava.checkpoint import Checkpoint, locate, open_checkpoint
 from unillava.parity.batch import Inputs, make_inputs, make_rows, why_not_transformers
 from unillava.parity.compare import (
     EPSILON,
@@ -84,6 +84,9 @@ class Settings:
     """Runs of the reference in its own process; 1: its noise is not measured."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Backend -> checkpoint that it loads instead."""
+    base: str | None = None
+    vision: str | None = None
+    """For checkpoints that lack something; see `unillava.checkpoint.open_checkpoint`."""
     work_dir: str | None = None
     """Where the temporary folder is made; None: where the system has its own."""
 
@@ -161,7 +164,7 @@ def run_parity(settings: Settings, progress: Progress = lambda *_: None) -> Repo
             cannot run, or too little room on the disk.
     """
     _check(settings)
-    checkpoint = open_checkpoint(settings.checkpoint)
+    checkpoint = _open(settings.checkpoint, settings)
     checkpoint.check()
     plan = _plan(settings, checkpoint)
     # Imported here: this is the half that reads pictures and tokenizers.
@@ -231,7 +234,7 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> _Plan:
     for text in chosen:
         own = settings.overrides.get(text)
         if own is not None:
-            directory = _same_shapes(own, checkpoint)
+            directory = _same_shapes(own, checkpoint, settings)
             candidates.append(_participant(settings, text, directory, " (override)"))
         elif text != reference:
             candidates.append(_participant(settings, text, checkpoint.directory))
@@ -244,7 +247,7 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> _Plan:
             "checkpoints with --override, two devices with --backends NAME@DEVICE",
         )
     base = _participant(settings, reference, checkpoint.directory)
-    reason = why_not_transformers(checkpoint.spec) if base.engine == TRANSFORMERS else None
+    reason = _why_not_transformers(checkpoint) if base.engine == TRANSFORMERS else None
     if reason is not None:
         raise ParityError(
             "transformers' own models cannot express this checkpoint",
@@ -252,6 +255,16 @@ def _plan(settings: Settings, checkpoint: Checkpoint) -> _Plan:
             fix="compare backends with one another: leave --reference out",
         )
     return _Plan(base, tuple(candidates))
+
+
+def _why_not_transformers(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.dialect != "hf":
+        return f"it is stored in the layout {checkpoint.dialect}; convert it to hf first"
+    return why_not_transformers(checkpoint.spec)
+
+
+def _absolute(path_or_hub_id: str | None) -> str | None:
+    return str(locate(path_or_hub_id).absolute()) if path_or_hub_id else None
 
 
 def _participant(settings: Settings, text: str, directory: Path, note: str = "") -> _Participant:
@@ -267,8 +280,12 @@ def _participant(settings: Settings, text: str, directory: Path, note: str = "")
     )
 
 
-def _same_shapes(directory: str, checkpoint: Checkpoint) -> Path:
-    other = open_checkpoint(directory)
+def _open(path: str, settings: Settings) -> Checkpoint:
+    return open_checkpoint(path, base=settings.base, vision=settings.vision)
+
+
+def _same_shapes(directory: str, checkpoint: Checkpoint, settings: Settings) -> Path:
+    other = _open(directory, settings)
     other.check()
     if parameter_table(other.spec) != parameter_table(checkpoint.spec):
         raise ParityError(
@@ -374,6 +391,8 @@ class _Comparison:
             device=participant.device,
             dtype=self.dtype,
             checkpoint=str(participant.checkpoint.absolute()),
+            base=_absolute(self.settings.base),
+            vision=_absolute(self.settings.vision),
             inputs=str(self.scratch / "inputs"),
             store=str(self.scratch / store),
             fills_store=fills_store,

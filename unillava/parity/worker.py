@@ -66,7 +66,7 @@ class Native:
         from unillava.checkpoint import open_checkpoint
         from unillava.loading import load_network
 
-        checkpoint = open_checkpoint(job.checkpoint)
+        checkpoint = open_checkpoint(job.checkpoint, base=job.base, vision=job.vision)
         self.spec, self.network = checkpoint.spec, load_network(checkpoint)
         self.watched = frozenset(job.watch)
 

@@ -8,8 +8,31 @@ read in both directions; what follows a prefix never changes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from weight_convert import files
+from weight_convert.canonical import (
+    EMBEDDING,
+    HEAD,
+    TOP_DEFAULTS,
+    is_buffer,
+    projector_depth,
+    text_config,
+)
+from weight_convert.contents import Contents
+from weight_convert.dialects.base import Dialect, check_complete
+from weight_convert.errors import CheckpointError
+from weight_convert.source import (
+    Options,
+    Source,
+    Target,
+    as_json,
+    describe_parts,
+    pick_files,
+)
+from weight_convert.storage.tensor import Tensor
 
 Spelling = Mapping[str, str]
 """Canonical prefix -> prefix in the spelling. Longer prefixes are tried first."""
@@ -48,9 +71,6 @@ SPELLINGS: Mapping[str, Spelling] = {
     "in memory, transformers 5": MEMORY_OF_5,
 }
 
-BUFFERS = re.compile(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$")
-"""Constants that old files carry next to the weights; they follow from the configuration."""
-
 
 def _longest_first(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(set(pairs), key=lambda pair: (-len(pair[0]), pair)))
@@ -59,11 +79,6 @@ def _longest_first(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], .
 _TO_CANONICAL = _longest_first(
     (prefix, canonical) for table in SPELLINGS.values() for canonical, prefix in table.items()
 )
-
-
-def is_buffer(name: str) -> bool:
-    """Whether a stored tensor is a constant and no weight, to be left out on reading."""
-    return BUFFERS.search(name) is not None
 
 
 def canonical_name(name: str) -> str:
@@ -89,3 +104,142 @@ def spelling_of(names: Iterable[str]) -> str | None:
         if all(spelled_name(canonical_name(name), spelling) == name for name in weights):
             return label
     return None
+
+
+# --- the dialect -----------------------------------------------------------------------------
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+SIDE_FILES = (*TOKENIZER_FILES, *PROCESSOR_FILES, "generation_config.json")
+"""The small files of a llava-hf directory beside config.json."""
+
+
+def _evidence(contents: Contents) -> str:
+    kind = contents.config.get("model_type")
+    if kind not in TOP_DEFAULTS or "mm_vision_tower" in contents.config:
+        return ""
+    nested = [key for key in ("text_config", "vision_config") if key in contents.config]
+    if contents.is_mindspore:
+        return ""
+    if nested or contents.first("multi_modal_projector.", "model.multi_modal_projector."):
+        return f"config.json: model_type {kind!r}, {' and '.join(nested) or 'class defaults'}"
+    return ""
+
+
+def _read(contents: Contents, options: Options) -> Source:
+    config = contents.config
+    tensors, dropped = canonical_tensors(files.open_weights(contents.path))
+    if text_config(config).get("tie_word_embeddings") and HEAD in tensors:
+        if config.get("tie_word_embeddings") is False and not _repeats_embedding(tensors):
+            # transformers 5 goes by the top of config.json, older ones by text_config.
+            text = {**config["text_config"], "tie_word_embeddings": False}
+            config = {**config, "text_config": text}
+        else:
+            tensors = without_repeated_head(contents, tensors)
+    check_complete(tensors, config, ("vision", "projector", "newline", "language"), options)
+    return Source(
+        "hf", contents.path, config, tensors, pick_files(contents.path, SIDE_FILES), dropped=dropped
+    )
+
+
+def canonical_tensors(
+    stored: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors of any spelling under canonical names, in the order of the files; and the buffers.
+
+    Raises:
+        CheckpointError: two stored names mean the same tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    order = sorted(stored.items(), key=_file_order)
+    for name, tensor in order:
+        canonical = canonical_name(name)
+        if canonical in tensors:
+            raise CheckpointError(
+                f"one tensor is stored twice: {canonical}",
+                given=f"{_where(tensors[canonical])}, {_where(tensor)}",
+            )
+        if not is_buffer(name):
+            tensors[canonical] = tensor
+    return tensors, tuple(name for name, _ in order if is_buffer(name))
+
+
+def _file_order(item: tuple[str, Tensor]) -> tuple[str, int, str]:
+    name, tensor = item
+    return tensor.places[0].path.name, tensor.places[0].offset, name
+
+
+def _where(tensor: Tensor) -> str:
+    return f"{tensor.places[0].name} in {tensor.places[0].path.name}"
+
+
+def without_repeated_head(contents: Contents, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out a head that repeats the embedding, as some tools save it.
+
+    Raises:
+        CheckpointError: the head differs from the embedding that it is said to be.
+    """
+    if not _repeats_embedding(tensors):
+        raise CheckpointError(
+            f"config.json of {contents.path} says that the output head is the embedding matrix, "
+            "but the file holds another head",
+            given=f"tie_word_embeddings true, and a {HEAD} unlike {EMBEDDING}",
+            fix="if the head was trained on its own, set tie_word_embeddings to false, at the "
+            "top of config.json and in text_config",
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+
+
+def _repeats_embedding(tensors: Mapping[str, Tensor]) -> bool:
+    embedding, head = tensors.get(EMBEDDING), tensors[HEAD]
+    same = embedding is not None and embedding.dtype == head.dtype
+    return same and np.array_equal(_bits(embedding.read()), _bits(head.read()))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """Bits rather than values: NaN equals itself, 0.0 and -0.0 differ."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def _write(source: Source, options: Options) -> Target:
+    wanted = {"vision", "language"} | ({"projector"} if projector_depth(source.config) else set())
+    if not wanted <= source.parts:
+        raise CheckpointError(
+            "dialect hf holds whole models",
+            given=f"{source.path}: {describe_parts(source.parts)}",
+            fix="put parts together with `unillava compose`, or write a part: --to clip, siglip, "
+            "llama or projector",
+        )
+    if options.spelling not in (None, *SPELLINGS):
+        raise CheckpointError(
+            "hf has no such names", given=options.spelling, expected=", ".join(SPELLINGS)
+        )
+    spelling = SPELLINGS[options.spelling or "hub"]
+    stored = {spelled_name(name, spelling): t for name, t in source.tensors.items()}
+    weights, index = files.shards(stored, options.weights or "safetensors", options.max_shard_bytes)
+    documents = {"config.json": as_json(source.config), **source.files, **index}
+    return Target("hf", weights, documents)
+
+
+HF = Dialect(
+    "hf",
+    "Hugging Face LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video (llava-hf; safetensors or .bin)",
+    _evidence,
+    _read,
+    _write,
+)
+DIALECTS = (HF,)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from weight_convert.errors import CheckpointError
+from weight_convert.storage.index import open_shards
+from weight_convert.storage.tensor import (
+    NUMPY_DTYPES,
+    Table,
+    Tensor,
+    count_bytes,
+    few,
+    mapped,
+    raw_bytes,
+    write_checked,
+    write_file_synced,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,22 +43,6 @@ MAX_SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a larger number means that the file is something else."""
 
-NUMPY_DTYPES = {
-    "U64": "<u8",
-    "I64": "<i8",
-    "F64": "<f8",
-    "F32": "<f4",
-    "U32": "<u4",
-    "I32": "<i4",
-    "BF16": "<u2",
-    "F16": "<f2",
-    "U16": "<u2",
-    "I16": "<i2",
-    "I8": "|i1",
-    "U8": "|u1",
-    "BOOL": "|b1",
-}
-"""dtype code -> NumPy dtype, in the order in which the safetensors library lays tensors out."""
 _LAYOUT_RANK = {code: rank for rank, code in enumerate(NUMPY_DTYPES)}
 
 
@@ -63,40 +58,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """An opened file: the checked header. Tensors are mapped by `read`."""
+    """An opened file: the checked header."""
 
     path: Path
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, mapped from the disk; bfloat16 comes as uint16.
-
-        Changes to the array stay private and never reach the file.
-        """
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, not read yet."""
         entry = self.entries[name]
-        dtype = np.dtype(NUMPY_DTYPES[entry.dtype])
-        if entry.begin == entry.end:
-            return np.empty(entry.shape, dtype)
-        mapped = np.asarray(np.memmap(self.path, dtype, "c", entry.begin, entry.shape))
-        # Other writers do not always pad the header; frameworks want aligned memory.
-        return mapped if mapped.flags.aligned else mapped.copy()
+        return mapped(self.path, name, entry.dtype, entry.shape, entry.begin)
 
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: its file, its name there, and its header entry."""
-
-    file: SafetensorsFile
-    name: str
-
-    @property
-    def entry(self) -> Entry:
-        return self.file.entries[self.name]
-
-    def read(self) -> np.ndarray:
-        """The tensor, as `SafetensorsFile.read` gives it."""
-        return self.file.read(self.name)
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the file, in the order of its bytes."""
+        order = sorted(self.entries, key=lambda name: (self.entries[name].begin, name))
+        return {name: self.tensor(name) for name in order}
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -126,7 +102,7 @@ def open_file(path: str | os.PathLike[str]) -> SafetensorsFile:
     return SafetensorsFile(path, entries, metadata)
 
 
-def open_directory(directory: str | os.PathLike[str]) -> dict[str, Stored]:
+def open_directory(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Every tensor of a directory in the Hugging Face layout: one file, or shards and an index.
 
     Raises CheckpointError if there is neither, if there are both (which one is meant?), if a
@@ -141,67 +117,12 @@ def open_directory(directory: str | os.PathLike[str]) -> dict[str, Stored]:
             fix="remove the one that is out of date",
         )
     if single.exists():
-        file = open_file(single)
-        return {name: Stored(file, name) for name in file.entries}
+        return open_file(single).tensors()
     if index.exists():
-        return _open_shards(directory, _read_index(index))
+        return open_shards(index, lambda path: open_file(path).tensors())
     raise CheckpointError(
         f"{directory} holds no safetensors weights", expected=f"{SINGLE_FILE} or {INDEX_FILE}"
     )
-
-
-def _open_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, Stored]:
-    names = sorted(set(weight_map.values()))
-    absent = [name for name in names if not (directory / name).exists()]
-    if absent:
-        raise CheckpointError(
-            f"shards are missing in {directory}",
-            given=f"{len(absent)} of {len(names)} files of {INDEX_FILE} absent: {_few(absent)}",
-            fix="download or copy them again",
-        )
-    files = {name: open_file(directory / name) for name in names}
-    _check_index(weight_map, files)
-    return {name: Stored(file, name) for file in files.values() for name in file.entries}
-
-
-def _check_index(weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:
-    unheld = [t for t, shard in weight_map.items() if t not in files[shard].entries]
-    if unheld:
-        raise CheckpointError(
-            f"{INDEX_FILE} disagrees with the shards",
-            given=f"{len(unheld)} tensors are not in the shard it names: "
-            + _few([f"{name} (in {weight_map[name]})" for name in unheld]),
-            fix="the shards and the index come from different saves; copy all of one save",
-        )
-    unlisted = [
-        f"{name} (in {shard})"
-        for shard, file in files.items()
-        for name in file.entries
-        if weight_map.get(name) != shard
-    ]
-    if unlisted:
-        raise CheckpointError(
-            f"{INDEX_FILE} disagrees with the shards",
-            given=f"{len(unlisted)} tensors are in a shard where the index does not have them: "
-            + _few(unlisted),
-            fix="the shards and the index come from different saves; copy all of one save",
-        )
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON", given=error) from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not _all_strings(weight_map.values()):
-        raise CheckpointError(
-            f"{path} has no usable weight_map", expected='{"weight_map": {tensor name: file name}}'
-        )
-    outside = [name for name in weight_map.values() if Path(name).name != name]
-    if outside:
-        raise CheckpointError(f"{path} names files outside its directory", given=_few(outside))
-    return weight_map
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
@@ -258,7 +179,7 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
             expected=f"one of {', '.join(NUMPY_DTYPES)}",
         )
     begin, end = offsets
-    needed = _nbytes(dtype, shape)
+    needed = count_bytes(dtype, shape)
     if end - begin != needed:
         raise _damaged(
             path,
@@ -284,7 +205,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], start: int, size: in
         lost = [name for name, entry in entries.items() if entry.end > size]
         raise CheckpointError(
             f"{path} is truncated",
-            given=f"{size} bytes; incomplete or absent: {_few(lost)}",
+            given=f"{size} bytes; incomplete or absent: {few(lost)}",
             expected=f"{position} bytes, as its header says",
             fix="download or copy it again",
         )
@@ -308,19 +229,7 @@ def _all_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _nbytes(dtype: str, shape: Iterable[int]) -> int:
-    return np.dtype(NUMPY_DTYPES[dtype]).itemsize * math.prod(shape)
-
-
-def _few(names: list[str], most: int = 5) -> str:
-    more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return ", ".join(names[:most] + more)
-
-
 # --- writing ---------------------------------------------------------------------------------
-
-Table = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> (dtype code of NUMPY_DTYPES, shape)."""
 
 
 class ShardWriter:
@@ -437,7 +346,7 @@ class ShardWriter:
         absent = [name for name in self.table if name not in self._written]
         if absent:
             raise CheckpointError(
-                f"{len(absent)} of {len(self.table)} tensors were not written", given=_few(absent)
+                f"{len(absent)} of {len(self.table)} tensors were not written", given=few(absent)
             )
         for file in self._files.values():
             file.flush()
@@ -451,7 +360,7 @@ class ShardWriter:
     def _write_index(self) -> None:
         """The index comes last: without it the shards are not a checkpoint yet."""
         index = {
-            "metadata": {"total_size": sum(_nbytes(*entry) for entry in self.table.values())},
+            "metadata": {"total_size": sum(count_bytes(*entry) for entry in self.table.values())},
             "weight_map": {name: file for file, names in self._shards.items() for name in names},
         }
         text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -479,12 +388,42 @@ def write_shards(
             writer.write(name, array)
 
 
+def layout_order(table: Table) -> list[str]:
+    """The order of the tensors in a file: wide dtypes first, then by name, as the library's."""
+    return sorted(table, key=lambda name: (_LAYOUT_RANK[table[name][0]], name))
+
+
+def write_file(
+    path: Path,
+    table: Table,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one file from a stream of tensors; byte for byte what the library would write.
+
+    Args:
+        path: written as it is; the caller sees to a temporary name.
+        table: every tensor, in `layout_order`.
+        tensors: (name, array) in that order; bfloat16 as uint16.
+        metadata: strings for `__metadata__`; `{"format": "pt"}` if absent.
+
+    Raises:
+        CheckpointError: the stream is not what the table says, or the disk refuses.
+    """
+    if list(table) != layout_order(table):
+        raise CheckpointError("safetensors: the table is not in the order of the file")
+    with write_file_synced(path) as file:
+        file.write(_build_header(table, metadata)[0])
+        write_checked(lambda _, array: file.write(raw_bytes(array)), table, tensors)
+
+
 def _plan_shards(table: Table, max_bytes: int) -> Iterator[list[str]]:
     """Names of each shard; at least one shard, also for an empty table."""
     names: list[str] = []
     size = 0
     for name, entry in table.items():
-        needed = _nbytes(*entry)
+        needed = count_bytes(*entry)
         if names and size + needed > max_bytes:
             yield names
             names, size = [], 0
@@ -501,19 +440,20 @@ def _name_shards(shards: Iterable[list[str]]) -> dict[str, list[str]]:
     return {f"model-{n:05d}-of-{count:05d}.safetensors": g for n, g in enumerate(groups, 1)}
 
 
-def _build_header(table: Table) -> tuple[bytes, dict[str, int]]:
+def _build_header(
+    table: Table, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """Header bytes, and each tensor's offset behind them.
 
-    Wide dtypes come first and names are sorted, as in the library's own files, which keeps
-    every tensor aligned to its own item size.
+    The layout order keeps every tensor aligned to its own item size.
     """
-    order = sorted(table, key=lambda name: (_LAYOUT_RANK[table[name][0]], name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    metadata = {"format": "pt"} if metadata is None else dict(metadata)
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offsets, position = {}, 0
-    for name in order:
+    for name in layout_order(table):
         dtype, shape = table[name]
         offsets[name] = position
-        position += _nbytes(dtype, shape)
+        position += count_bytes(dtype, shape)
         header[name] = {
             "dtype": dtype,
             "shape": list(shape),

@@ -1,0 +1,1 @@
+"""Training: recipes, schedules, the loop, portable state. No framework is imported here."""
