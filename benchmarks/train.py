@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,13 @@ class Size:
     """Per update."""
     rows: int
     """Of a padded micro-batch."""
-    packed_rows: int
+    packed: tuple[int, int]
+    """Rows of a packed micro-batch, and their length."""
 
 
 SIZES = {
-    "small": Size(256, 704, 4, 4, (128, 512, 4, 2), 224, 1024, 16, 4, 2),
-    "7b": Size(4096, 11008, 32, 4, (1024, 4096, 16, 24), 336, 2048, 32, 8, 4),
+    "small": Size(256, 704, 4, 4, (128, 512, 4, 2), 224, 2048, 64, 8, (3, 2048)),
+    "7b": Size(4096, 11008, 32, 4, (1024, 4096, 16, 24), 336, 2048, 128, 16, (4, 4096)),
 }
 VOCABULARY, PATCH = 32000, 14
 TEXT_ONLY = 0.06
@@ -99,24 +100,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--recompute", action="store_true", help="activations, on all sides")
-    parser.add_argument("--updates", type=int, default=2, help="per side and round")
+    parser.add_argument("--updates", type=int, default=1, help="per side and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compiled", action="store_true", help="our sides compiled")
     parser.add_argument("--worker", choices=["transformers", "unillava", "packed"])
+    parser.add_argument("--samples", type=int, help="per update; default: by size")
     parser.add_argument("--checkpoint", type=Path)
     return parser.parse_args()
+
+
+def size_of(options: argparse.Namespace) -> Size:
+    size = SIZES[options.size]
+    return replace(
+        size, layers=options.layers or size.layers, samples=options.samples or size.samples
+    )
 
 
 def build(directory: Path, options: argparse.Namespace) -> Path:
     """A random LLaVA-1.5 of that size."""
     from unillava.tiny import build_tiny
 
-    size = SIZES[options.size]
+    size = size_of(options)
     text = {
         "hidden_size": size.width,
         "intermediate_size": size.inner,
-        "num_hidden_layers": options.layers or size.layers,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.heads,
         "max_position_embeddings": 4096,
@@ -165,9 +174,10 @@ def micro_batches(size: Size, samples: list[Sample], packed: bool) -> list[list[
     if not packed:
         rows = [[sample] for sample in samples]
         return [rows[n : n + size.rows] for n in range(0, len(rows), size.rows)]
-    numbers = best_fit(range(len(samples)), [len(s) for s in samples], size.max_length)
+    count, length = size.packed
+    numbers = best_fit(range(len(samples)), [len(s) for s in samples], length)
     rows = [[samples[n] for n in row] for row in numbers]
-    return [rows[n : n + size.packed_rows] for n in range(0, len(rows), size.packed_rows)]
+    return [rows[n : n + count] for n in range(0, len(rows), count)]
 
 
 def operations(spec: LlavaSpec, samples: list[Sample]) -> float:
@@ -212,7 +222,7 @@ def ours(options: argparse.Namespace) -> tuple[Update, dict[str, Any], Callable[
     import backends
     from backends.contract import AdamW
 
-    size, checkpoint = SIZES[options.size], open_checkpoint(options.checkpoint)
+    size, checkpoint = size_of(options), open_checkpoint(options.checkpoint)
     runtime = backends.select(options.backend, device=options.device, dtype=options.dtype)
     groups = trained_groups(checkpoint.spec)
     compiled = options.compiled or options.backend == "mindspore"
@@ -226,7 +236,7 @@ def ours(options: argparse.Namespace) -> tuple[Update, dict[str, Any], Callable[
     parts = micro_batches(size, samples, packed)
     # Graphs are compiled for each shape, so there they should be few.
     steps = {"pad_to": 128, "pad_targets_to": 256} if compiled else {}
-    steps |= {"pad_to": size.max_length} if packed else {}
+    steps |= {"pad_to": size.packed[1]} if packed else {}
     batches = [collate_rows(part, spare=samples[0], **steps) for part in parts]
     learnt = sum(int((batch["targets"] != -100).sum()) for batch in batches)
     inputs = [in_order(checkpoint.spec, batch, packed) for batch in batches]
@@ -304,7 +314,7 @@ def theirs(options: argparse.Namespace) -> tuple[Update, dict[str, Any], Callabl
         [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}],
         lr=RATE, betas=BETAS, eps=EPS, fused=True,
     )  # fmt: skip
-    size, spec = SIZES[options.size], open_checkpoint(options.checkpoint).spec
+    size, spec = size_of(options), open_checkpoint(options.checkpoint).spec
     samples = make_samples(size)
     parts = micro_batches(size, samples, False)
     batches = [for_transformers(spec, [row[0] for row in part]) for part in parts]
@@ -365,6 +375,7 @@ class Side:
         for key in ("backend", "device", "dtype", "size", "checkpoint"):
             command += [f"--{key}", str(getattr(options, key))]
         command += [f"--{key}" for key in ("recompute", "compiled") if getattr(options, key)]
+        command += ["--samples", str(size_of(options).samples)]
         threads = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive"}
         self.process = subprocess.Popen(
             command,
@@ -411,7 +422,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         for side in sides:
             side.close()
-    size, spec = SIZES[options.size], open_checkpoint(options.checkpoint).spec
+    size, spec = size_of(options), open_checkpoint(options.checkpoint).spec
     samples = make_samples(size)
     count = sum(map(len, samples)) * options.updates
     work = operations(spec, samples) * options.updates

@@ -66,17 +66,31 @@ class Turn:
 # --- scenes ----------------------------------------------------------------------------------
 
 
-def scenes(count: int, source: random.Random) -> list[Scene]:
-    """So many different scenes, in random order: there are few of one shape, which come early."""
-    found: dict[Scene, None] = {}
-    while len(found) < count:
-        places = source.sample(PLACES, source.randint(1, len(PLACES)))
-        scene = tuple(
-            Thing(place, source.choice(list(COLOURS)), source.choice(SHAPES))
-            for place in sorted(places, key=PLACES.index)
-        )
-        found[scene] = None
-    return source.sample(list(found), count)
+def scene(source: random.Random) -> Scene:
+    """One to four things, each in a quarter of its own."""
+    places = source.sample(PLACES, source.randint(1, len(PLACES)))
+    return tuple(
+        Thing(place, source.choice(list(COLOURS)), source.choice(SHAPES))
+        for place in sorted(places, key=PLACES.index)
+    )
+
+
+def scenes(trained: int, kept: int, source: random.Random) -> tuple[list[Scene], list[Scene]]:
+    """Scenes to learn from, and different ones that are held out: none of them is among the first.
+
+    Every tenth arrangement is held out, so that those of one shape, which are few, are on both
+    sides. Scenes to learn from may come again; each is drawn anew.
+    """
+    learnt: list[Scene] = []
+    held: dict[Scene, None] = {}
+    side: dict[Scene, bool] = {}
+    while len(learnt) < trained or len(held) < kept:
+        found = scene(source)
+        if side.setdefault(found, source.random() < 0.1):
+            held[found] = None
+        else:
+            learnt.append(found)
+    return learnt[:trained], list(held)[:kept]
 
 
 def draw(scene: Scene, source: random.Random) -> Image.Image:
@@ -87,8 +101,8 @@ def draw(scene: Scene, source: random.Random) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for thing in scene:
         row, column = divmod(PLACES.index(thing.place), 2)
-        radius = side * source.uniform(0.13, 0.19)
-        free = side / 4 - radius
+        radius = side * source.uniform(0.18, 0.21)
+        free = 0.8 * (side / 4 - radius)
         x = side * (0.25 + 0.5 * column) + source.uniform(-free, free)
         y = side * (0.25 + 0.5 * row) + source.uniform(-free, free)
         colour = tuple(min(255, max(0, c + source.randint(-15, 15))) for c in COLOURS[thing.colour])
@@ -99,15 +113,14 @@ def draw(scene: Scene, source: random.Random) -> Image.Image:
 def draw_shape(
     pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: Any
 ) -> None:
-    """One shape around (x, y), all of about the same area."""
+    """One shape in the square of that radius around (x, y)."""
+    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
     if shape == "circle":
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        pen.ellipse((left, top, right, bottom), fill=colour)
     elif shape == "square":
-        half = 0.88 * radius
-        pen.rectangle((x - half, y - half, x + half, y + half), fill=colour)
+        pen.rectangle((left, top, right, bottom), fill=colour)
     else:
-        low, wide = y + 0.8 * radius, 1.15 * radius
-        pen.polygon(((x, y - radius), (x - wide, low), (x + wide, low)), fill=colour)
+        pen.polygon(((x, top), (left, bottom), (right, bottom)), fill=colour)
 
 
 # --- what is said about them -----------------------------------------------------------------
@@ -123,17 +136,15 @@ def possible_turns(scene: Scene) -> dict[str, list[Turn]]:
     """Kind -> the questions about a scene that have one answer."""
     shapes = Counter(thing.shape for thing in scene)
     colours = Counter(thing.colour for thing in scene)
-    pairs = Counter((thing.colour, thing.shape) for thing in scene)
     turns = [Turn("count", "How many shapes are there?", str(len(scene)))]
-    turns += [Turn("count", f"How many {s}s are there?", str(n)) for s, n in shapes.items()]
     for thing in scene:
-        if shapes[thing.shape] == 1:
-            turns.append(Turn("colour", f"What colour is the {thing.shape}?", thing.colour))
-        if colours[thing.colour] == 1:
-            turns.append(Turn("shape", f"Which shape is {thing.colour}?", thing.shape))
-        if pairs[thing.colour, thing.shape] == 1:
-            question = f"Where is the {thing.colour} {thing.shape}?"
-            turns.append(Turn("position", question, thing.place))
+        place, colour, shape = thing.place, thing.colour, thing.shape
+        turns.append(Turn("colour", f"What colour is the shape at the {place}?", colour))
+        turns.append(Turn("shape", f"Which shape is at the {place}?", shape))
+        if colours[colour] == 1:
+            turns.append(Turn("position", f"Where is the {colour} shape?", place))
+        if shapes[shape] == 1:
+            turns.append(Turn("position", f"Where is the {shape}?", place))
     return {kind: [turn for turn in turns if turn.kind == kind] for kind in KINDS}
 
 
@@ -179,6 +190,13 @@ def record(name: str, said: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return {"id": Path(name).stem, "image": name, "conversations": turns}
 
 
+def spoken(conversation: dict[str, Any]) -> Iterator[str]:
+    """The words of a record as a model reads them."""
+    for turn in conversation["conversations"]:
+        yield {"human": "USER:", "gpt": "ASSISTANT:"}[turn["from"]]
+        yield turn["value"].removeprefix("<image>\n")
+
+
 def held_out(
     pictures: Sequence[tuple[str, Scene]], source: random.Random
 ) -> Iterator[dict[str, Any]]:
@@ -201,10 +219,10 @@ def write(folder: Path, trained: int, kept: int, seed: int) -> None:
     """Draw all pictures and write all files into `folder`."""
     source = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    found = scenes(trained + kept, source)
-    named = [(f"images/{n:05}.png", scene) for n, scene in enumerate(found)]
-    for name, scene in named:
-        draw(scene, source).save(folder / name)
+    learnt, held = scenes(trained, kept, source)
+    named = [(f"images/{n:05}.png", shown) for n, shown in enumerate([*learnt, *held])]
+    for name, shown in named:
+        draw(shown, source).save(folder / name)
     records = {
         "captions.json": list(captions(named[:trained])),
         "questions.json": list(conversations(named[:trained], source)),
@@ -213,8 +231,7 @@ def write(folder: Path, trained: int, kept: int, seed: int) -> None:
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     lines = [json.dumps(line) + "\n" for line in held_out(named[trained:], source)]
     (folder / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
-    said = {t["value"] for part in records.values() for r in part for t in r["conversations"]}
-    texts = sorted(text.removeprefix("<image>\n") for text in said)
+    texts = [" ".join(spoken(r)) for part in records.values() for r in part]
     (folder / "corpus.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     print(f"{folder}: {trained} pictures to learn from, {kept} held out")
 

@@ -224,8 +224,10 @@ values at which signals keep their size through the network, and replies wander.
 _READY_TO_LEARN = (
     (r"norm\d?\.weight$", 1.0, 0.0, 0),
     (r"\.bias$", 0.0, 0.0, 0),
-    (r"(embed_tokens\.weight|embedding|position_embedding\.weight|image_newline)$", 0.0, 0.02, 0),
     (r"lm_head\.weight$", 0.0, 0.02, 0),
+    # Of the size of what the patches and the projector give, so that neither drowns the other.
+    (r"(embed_tokens\.weight|position_embedding\.weight|class_embedding)$", 0.0, 0.5, 0),
+    (r"image_newline$", 0.0, 0.5, 0),
     # Blocks begin by adding little to what they find.
     (r"(o_proj|out_proj|down_proj|mlp\.fc2)\.weight$", 0.0, 0.3, 0.5),
     (r"", 0.0, 1.0, 0.5),
@@ -267,10 +269,10 @@ SIZES: dict[str, _SizeKind] = {
         patch_size=8,
         max_shard_bytes=2_000_000,
         text=dict(
-            hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=3
+            hidden_size=96, intermediate_size=256, num_attention_heads=4, num_hidden_layers=3
         ),
         vision=dict(
-            hidden_size=96, intermediate_size=192, num_attention_heads=4, num_hidden_layers=4
+            hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=4
         ),
         scales=_READY_TO_LEARN,
         unspoken=1.0,

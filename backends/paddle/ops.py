@@ -180,8 +180,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, rows: Tensor, columns_D: Tensor, salt: int, rate: float) -> Tensor:
-    row = paddle.unsqueeze(paddle.cast(rows, "int32") * salt, -1)
-    kept = row * paddle.cast(columns_D, "int32") >= dropout_limit(rate)
+    # As tensors: in a traced graph a product with a Python number goes through float32.
+    factor, limit = (paddle.full([1], n, "int32") for n in (salt, dropout_limit(rate)))
+    row = paddle.unsqueeze(paddle.cast(rows, "int32") * factor, -1)
+    kept = row * paddle.cast(columns_D, "int32") >= limit
     return x * paddle.cast(kept, x.dtype) * (1 / (1 - rate))
 
 

@@ -100,6 +100,21 @@ class Single:
         """What this rank holds of a parameter or gradient."""
         return tensor
 
+    def _separate(self) -> None:
+        """Give every gradient memory of its own, for the next one is added in place.
+
+        Autograd does not: of one tile the gradient of the class token is the first row of that of
+        the positions, and both would get what is meant for one.
+        """
+        end = 0
+        with_gradient = (p for p in self.parameters.values() if p.grad is not None)
+        for parameter in sorted(with_gradient, key=lambda p: p.grad.data_ptr()):
+            gradient = parameter.grad
+            if gradient.data_ptr() < end:
+                parameter.grad = gradient.clone()
+            else:
+                end = gradient.data_ptr() + gradient.nbytes
+
     def _exchange(self) -> None:
         """Sum gradients over the ranks, if that is not yet done."""
 
@@ -122,6 +137,8 @@ class Single:
         value = run()
         if value.requires_grad:
             (value * (scale * loss_scale)).backward()
+            if not last:
+                self._separate()
         return value
 
     # --- the update ---------------------------------------------------------------------------
@@ -296,6 +313,9 @@ class FullySharded(Single):
         if hasattr(module, "set_reduce_scatter_unused_params"):  # since torch 2.13
             module.set_reduce_scatter_unused_params(True)
         return module
+
+    def _separate(self) -> None:
+        """Reduced gradients lie apart."""
 
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to_local()

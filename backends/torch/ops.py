@@ -211,6 +211,10 @@ def attention(
     segment_ids_BS: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
+    if FUSED and segment_ids_BS is not None and not torch.compiler.is_compiling():
+        runs = _runs(segment_ids_BS)
+        if runs is not None:
+            return _attention_by_runs(q_BSHD, k_BTKD, v_BTKD, scale, causal, window, runs)
     S, T = q_BSHD.shape[1], k_BTKD.shape[1]
     masked = lengths_B is not None or segment_ids_BS is not None or window is not None
     mask_BST = (
@@ -231,6 +235,43 @@ def attention(
     if mask_BST is None and causal:
         mask_BST = _mask(q_BSHD.device, S, T, causal, None, None, None)
     return _portable_attention(q_BHSD, k_BKTD, v_BKTD, scale, mask_BST).transpose(1, 2)
+
+
+def _runs(segment_ids_BS: Tensor) -> list[list[int]] | None:
+    """Lengths of the segments of each row; None if the positions of one do not lie together.
+
+    Kept with the tensor: every layer asks, and an accelerator has to be waited for.
+    """
+    if not hasattr(segment_ids_BS, "runs"):
+        counted = [torch.unique_consecutive(row, return_counts=True) for row in segment_ids_BS]
+        whole = all(len(set(ids.tolist())) == len(ids) for ids, _ in counted)
+        segment_ids_BS.runs = [counts.tolist() for _, counts in counted] if whole else None
+    return segment_ids_BS.runs
+
+
+def _attention_by_runs(
+    q_BSHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    runs: list[list[int]],
+) -> Tensor:
+    """Each segment by itself: nothing is computed to be masked, and the kernels need no mask."""
+    rows = []
+    for b, lengths in enumerate(runs):
+        parts = [x[b : b + 1].split(lengths, 1) for x in (q_BSHD, k_BSKD, v_BSKD)]
+        rows.append(
+            torch.cat(
+                [
+                    attention(q, k, v, scale=scale, causal=causal, window=window)
+                    for q, k, v in zip(*parts, strict=True)
+                ],
+                1,
+            )
+        )
+    return torch.cat(rows)
 
 
 def _portable_attention(

@@ -38,6 +38,7 @@ def cosines(rows: int, size: int) -> np.ndarray:
 
 
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+SCATTERED = np.array([[1, 2, 1, 0, 2, 2], [3, 1, 1, 3, 3, 0]])
 QKV = (normal(2, 6, 4, 8), normal(2, 6, 2, 8), normal(2, 6, 2, 8))
 CACHE = (normal(3, 2, 4, 8), normal(3, 9, 2, 8), normal(3, 9, 2, 8))
 
@@ -81,6 +82,7 @@ CASES: list[tuple[str, tuple, dict]] = [
     ("attention", (normal(2, 6, 4, 8),) * 3, {"scale": 0.3, "causal": False}),
     ("attention", QKV, {"scale": 0.3, "causal": True, "segment_ids_BS": SEGMENTS}),
     ("attention", QKV, {"scale": 0.3, "causal": False, "segment_ids_BS": SEGMENTS}),
+    ("attention", QKV, {"scale": 0.3, "causal": True, "segment_ids_BS": SCATTERED}),
     ("attention", QKV, {"scale": 0.3, "causal": True, "window": 3}),
     (
         "attention",

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import backends
 from unillava.checkpoint import open_checkpoint
 from unillava.data.collate import collate_rows
 from unillava.data.feed import Feed
@@ -130,40 +129,31 @@ def prepared(records, pipeline):
 
 
 def test_rows_of_several_samples(loaded, records, runtime, kernels):
-    """In one batch, padded or not, in any order within the row."""
+    """In one batch, with padding between and behind them."""
     own = judge(runtime, loaded)
-    a, b, c, d, e, f = prepared(records, loaded[1])
-    expected = total(own(collate_rows([[s]])) for s in (a, b, c, d, e, f))
-    for rows in ([[a, b, c, d, e, f]], [[f, c], [e, a, d, b]]):
-        assert_close(total([own(collate_rows(rows, pad_to=16, pad_targets_to=8))]), expected)
+    a, b, c, d, *_ = prepared(records, loaded[1])
+    expected = total(own(collate_rows([[s]])) for s in (a, b, c, d))
+    rows = [[c], [b, a, d]]
+    assert_close(total([own(collate_rows(rows, pad_to=16, pad_targets_to=8))]), expected)
 
 
 def test_no_sample_sees_another(loaded, records, runtime, kernels):
     """Another text and another picture in one sample change the loss of that one alone."""
-    samples = prepared(records, loaded[1])
+    samples = prepared(records, loaded[1])[:3]
     own = judge(runtime, loaded)
     random = np.random.default_rng(1)
-    before = [own(only(samples, n))[0] for n in range(len(samples))]
-    for changed in (0, 3):
-        old = samples[changed]
-        ids = np.where(old.kind_S == 0, random.permutation(old.ids_S), 0)
-        pixels = old.pixels_T3HW
-        pixels = None if pixels is None else random.standard_normal(pixels.shape).astype("f4")
-        others = list(samples)
-        others[changed] = dataclasses.replace(old, ids_S=ids, pixels_T3HW=pixels)
-        after = [own(only(others, n))[0] for n in range(len(samples))]
-        differences = np.abs(np.array(after) - before) / np.array(before)
-        assert differences[changed] > 1e-3
-        assert np.delete(differences, changed).max() <= 1e-6
+    old = samples[0]
+    ids = np.where(old.kind_S == 0, random.permutation(old.ids_S), 0)
+    pixels = random.standard_normal(old.pixels_T3HW.shape).astype("f4")
+    changed = [dataclasses.replace(old, ids_S=ids, pixels_T3HW=pixels), *samples[1:]]
+    for learnt, bar in ((lambda segment: segment != 1, 1e-6), (lambda segment: segment == 1, None)):
+        before, after = (own(only(each, learnt))[0] for each in (samples, changed))
+        difference = abs(after - before) / before
+        assert difference > 1e-3 if bar is None else difference <= bar
 
 
-def only(samples, n):
-    """All samples in one row, of which one is learnt."""
+def only(samples, learnt):
+    """All samples in one row, of which some are learnt."""
     arrays = collate_rows([samples])
     segment = arrays["segment_ids"].reshape(-1)[arrays["target_index"]]
-    return arrays | {"targets": np.where(segment == n + 1, arrays["targets"], -100)}
-
-
-def test_the_kernel_was_switched(kernels, ops):
-    if backends.NAME == "torch":
-        assert ops.FUSED == (kernels == "auto")
+    return arrays | {"targets": np.where(learnt(segment), arrays["targets"], -100)}

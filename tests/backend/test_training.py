@@ -166,6 +166,39 @@ def test_micro_batches_add_up(training, runtime):
             assert np.abs(other_state[key] - value).max() <= bar, key
 
 
+def test_gradients_that_share_memory_add_up_apart(training, runtime):
+    """Of one tile, the gradient of the class token is the first row of that of the positions:
+    frameworks give both the same memory, where the next micro-batch would be added twice."""
+    from backends import nn, ops
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.parameter((4,))
+            self.places = nn.parameter((3, 4))
+
+        def forward(self, x_B2D, y_B3D):
+            token_B1D = ops.broadcast_to(ops.reshape(self.token, (1, 1, 4)), (len(x_B2D), 1, 4))
+            rows_B3D = ops.concat([token_B1D, x_B2D], axis=1)
+            rows_B3D = rows_B3D + ops.reshape(self.places, (1, 3, 4))
+            return ops.reduce_sum(rows_B3D * y_B3D, axis=(0, 1, 2))
+
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((3, n, 4)).astype(np.float32) for n in (2, 3))
+    groups = [Group("token", ("token",)), Group("places", ("places",))]
+    module = runtime.build(Rows)
+    runtime.set_trained(module, ["token", "places"])
+    for name, shape in runtime.parameter_shapes(module).items():
+        runtime.assign(module, name, np.ones(shape, np.float32))
+    engine = training.Engine(module, groups, AdamW())
+    for _ in range(2):
+        for part in (slice(1), slice(1, 3)):
+            engine.accumulate([x[part], y[part]], 1.0)
+        norms = engine.update({"token": 0.0, "places": 0.0}).groups
+        expected = {"token": y.sum(0)[0], "places": y.sum(0)}
+        assert norms == pytest.approx({n: np.linalg.norm(v) for n, v in expected.items()}, rel=1e-5)
+
+
 def test_gradients_are_cleared(training, runtime):
     """The second update sees its own gradients only."""
     case, norms = small(), []

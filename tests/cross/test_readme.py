@@ -1,4 +1,4 @@
-"""The commands and the code of README.md do what it shows.
+"""The commands and the code of README.md and docs/training.md do what they show.
 
 A block after `<!-- run -->` is run, all of them in order in one folder: `console` blocks line by
 line, their output compared with what is printed there (`...` stands for anything), `python`
@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"<!-- run -->\n```(\w+)\n(.*?)```", re.DOTALL)
@@ -45,11 +47,17 @@ def session(block: str) -> list[tuple[str, str]]:
     ]
 
 
-def test_every_marked_block_runs_as_shown(tmp_path, photo):
+@pytest.mark.parametrize(
+    ("page", "kinds"),
+    [("README.md", {"console", "python"}), ("docs/training.md", {"console"})],
+)
+def test_every_marked_block_runs_as_shown(tmp_path, photo, page, kinds):
     shutil.copy(photo, tmp_path / "photo.jpg")
-    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    for folder in ("configs", "scripts"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     same = doctest.OutputChecker().check_output
-    assert {kind for kind, _ in blocks} == {"console", "python"}
+    assert {kind for kind, _ in blocks} == kinds
     for kind, text in blocks:
         if kind == "python":
             run([sys.executable, "-c", text], tmp_path)

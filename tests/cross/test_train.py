@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,9 @@ from tests.cross.conftest import environment
 from unillava.training import state
 
 BACKENDS = ("torch", "mindspore", "paddle")
-STEPS = 8
+STEPS = 50
+STATIONS = ("torch", "mindspore", "paddle", "torch", "paddle", "mindspore", "torch")
+"""Where a run goes on: every framework takes over from every other."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def recipe(tiny, photo, tmp_path_factory) -> Path:
         "rates": {"language": 1e-3, "projector": 1e-3},
         "steps": {"batch": 4, "micro_batch": 2, "max_steps": STEPS},
         "optimizer": {"weight_decay": 0.01},
-        "saving": {"every": 2},
+        "saving": {"every": 5},
         "output": str(folder / "never"),
     }
     path = folder / "recipe.yaml"
@@ -77,45 +83,60 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory) -> Path:
+def uninterrupted(recipe, tmp_path_factory) -> Callable[[str], Path]:
+    """Backend -> the output of a run from beginning to end."""
+
+    @cache
+    def of(backend: str) -> Path:
+        output = tmp_path_factory.mktemp(backend) / "out"
+        train(recipe, output, backend)
+        return output
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(uninterrupted) -> Path:
     """The uninterrupted run on torch."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    train(recipe, output, "torch")
-    return output
+    return uninterrupted("torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_the_loss_is_the_same_on_every_backend(recipe, whole, tmp_path, backend):
-    train(recipe, tmp_path / "out", backend)
-    found, expected = losses(tmp_path / "out"), losses(whole)
+def test_the_loss_is_the_same_on_every_backend(whole, uninterrupted, backend):
+    found, expected = losses(uninterrupted(backend)), losses(whole)
     assert len(found) == len(expected) == STEPS
     assert max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) <= 1e-4
 
 
 def test_a_run_changes_frameworks_midway(recipe, whole, tmp_path):
     output = tmp_path / "out"
-    train(recipe, output, "mindspore", "--stop-at", "3", code=143)
-    assert "written by mindspore" in train(recipe, output, "paddle", "--stop-at", "6", code=143)
-    assert "written by paddle" in train(recipe, output, "torch")
+    assert {*pairwise(STATIONS)} == {*permutations(BACKENDS, 2)}
+    for n, backend in enumerate(STATIONS[:-1], start=1):
+        text = train(recipe, output, backend, "--stop-at", str(7 * n), code=143)
+        assert n == 1 or f"written by {STATIONS[n - 2]}" in text
+    assert "written by mindspore" in train(recipe, output, STATIONS[-1])
     found, expected = losses(output), losses(whole)
     assert len(found) == STEPS
     assert max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) <= 1e-4
 
 
-def test_kill_9_and_resume_is_bit_identical(recipe, whole, tmp_path):
-    output = tmp_path / "out"
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kill_9_and_resume_is_bit_identical(recipe, uninterrupted, tmp_path, backend):
+    output, expected = tmp_path / "out", uninterrupted(backend)
     process = subprocess.Popen(
-        command(recipe, output, "torch"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command(recipe, output, backend), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=environment(),
     )  # fmt: skip
     while not state.saved_steps(output):
         assert process.poll() is None
         time.sleep(0.01)
+    time.sleep(random.uniform(0, 1.5))  # anywhere: between updates, in one, while saving
     process.kill()
     process.wait()
     begun = max(state.saved_steps(output))
-    assert f"going on from {output / f'checkpoint-{begun}'}" in train(recipe, output, "torch")
-    theirs = state.open_saved(state.saved_steps(whole)[STEPS])
+    assert f"going on from {output / f'checkpoint-{begun}'}" in train(recipe, output, backend)
+    assert losses(output) == losses(expected)
+    theirs = state.open_saved(state.saved_steps(expected)[STEPS])
     ours = state.open_saved(state.saved_steps(output)[STEPS])
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name, tensor in ours.tensors.items():
@@ -177,6 +198,14 @@ def test_bad_input(run, recipe, tmp_path, override, told):
 def test_a_checkpoint_of_another_run_is_refused(run, recipe, whole):
     text = run("train", recipe, f"output={whole}", "rates={projector: 1.0e-3}").refused()
     assert "another run" in text and os.path.isdir(whole / "final")
+
+
+def test_a_changed_recipe_is_named_on_resume(recipe, tmp_path):
+    output = tmp_path / "out"
+    train(recipe, output, "torch", "steps.max_steps=2", "--stop-at", "1", code=143)
+    changes = ("steps.max_steps=2", "running.seed=7", "data.max_length=300", "saving.keep=1")
+    text = train(recipe, output, "torch", *changes)
+    assert "began with: data.max_length, running.seed changed" in " ".join(text.split())
 
 
 def test_dry_run_says_what_would_be_trained(run, recipe, tmp_path):

@@ -25,7 +25,7 @@ UPDATES = ("PTPT", "TPTP", "PPTT", "TTTT", "TTPT")
 """Kinds of the samples of each update: a picture or text alone. Rank 0 takes the first and third,
 rank 1 the others, one in each pass."""
 TOLERANCE = 1e-5
-LAUNCH_SECONDS = 200
+LAUNCH_SECONDS = 300
 
 SHARED = {
     "torch": ("ddp", "fsdp", "zero2", "zero3"),
@@ -135,8 +135,7 @@ def tensors(output: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same(output: Path, expected: Path) -> None:
-    np.testing.assert_allclose(books(output)[:, 0], books(expected)[:, 0], rtol=TOLERANCE)
-    np.testing.assert_allclose(books(output), books(expected), rtol=1e-4)
+    np.testing.assert_allclose(books(output), books(expected), rtol=TOLERANCE)
     found, wanted = tensors(output), tensors(expected)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -191,5 +190,5 @@ def test_a_rank_that_fails_ends_the_run(backend, recipe, photo, tmp_path):
     began = time.monotonic()
     told = train(broken, tmp_path / "out", backend, "ddp", code=None)
     assert "gone.jpg" in told
-    assert time.monotonic() - began < 100, "far from the 30 minutes that a rank may wait"
+    assert time.monotonic() - began < 150, "far from the 30 minutes that a rank may wait"
     assert not (tmp_path / "out" / "final").exists()

@@ -216,7 +216,7 @@ def test_exchanges_and_a_rank_that_fails(tmp_path):
     said = told(done, tmp_path)
     assert done.returncode != 0 and "a rank fails alone" in said, said
     assert "AssertionError" not in said
-    assert time.monotonic() - start < 90, "far from the 30 minutes that a rank may wait"
+    assert time.monotonic() - start < 150, "far from the 30 minutes that a rank may wait"
 
 
 def test_a_rank_that_dies_ends_the_run(tmp_path):
@@ -227,4 +227,4 @@ def test_a_rank_that_dies_ends_the_run(tmp_path):
     done = launch(tmp_path, WORKER, str(jobs))
     assert done.returncode != 0
     assert not (tmp_path / "out").exists()
-    assert time.monotonic() - start < 90, "far from the 30 minutes that a rank may wait"
+    assert time.monotonic() - start < 150, "far from the 30 minutes that a rank may wait"

@@ -549,7 +549,7 @@ def test_a_mixture_is_checked(tmp_path, pictures, run):
     ("arguments", "told"),
     [
         (["none.json"], "cannot be read"),
-        (["{data}", "--placement", "front"], "no such placement"),
+        (["{data}", "--compat", "front"], "no such compatibility mode"),
         (["{data}", "--images", "half"], "unknown --images"),
         (["{data}", "--model", "/nowhere"], "no directory"),
         (["{data}", "--template", "vicuna_v9", "--model", "{model}"], "no conversation template"),

@@ -1,4 +1,4 @@
-"""FLOPs of an update and peaks of devices, against hand counts; torch's counter is in tests/torch."""
+"""FLOPs of an update and peaks of devices, against hand counts; torch counts in tests/torch."""
 
 from __future__ import annotations
 

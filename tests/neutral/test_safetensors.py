@@ -246,6 +246,7 @@ DAMAGE: dict[str, tuple[Any, bytes, str]] = {
     "unknown dtype": ({"a": entry(0, 1, "F8_E4M3")}, b"x", "F8_E4M3"),
     "shape and size": ({"a": entry(0, 4, "F32", [2])}, b"abcd", "8 bytes, but its offsets 0 to 4"),
     "offsets backwards": ({"a": entry(0, 1) | {"data_offsets": [1, 0]}}, b"x", "hold -1"),
+    "empty, and endless": ({"a": entry(0, 0, "F32", [0, 2**62])}, b"", "cannot be"),
     "overlap": ({"a": entry(0, 2), "b": entry(1, 3)}, b"abc", "overlap"),
     "gap": ({"a": entry(0, 1), "b": entry(2, 3)}, b"abc", "leave a gap"),
     "gap at the start": ({"a": entry(1, 2)}, b"ab", "the header and tensor 'a' leave a gap"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from unillava.checkpoint import open_checkpoint
 from unillava.cli import tiny as command
+from unillava.errors import DataError
 from unillava.spec import parameter_table
 from unillava.tiny import ARCHITECTURES, TEXTS, VISIONS
 
@@ -42,6 +44,27 @@ def test_command_writes_a_checkpoint(tmp_path):
     assert result.exit_code == 0 and "llava, qwen2, clip" in result.stdout
     assert open_checkpoint(str(tmp_path / "new")).spec.dtype == "bfloat16"
     assert [file.name for file in tmp_path.iterdir()] == ["new"]
+
+
+def test_small_is_a_million_parameters_and_knows_the_words_of_its_corpus(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the purple hexagon\na purple octagon\n" * 20)
+    result = invoke(tmp_path / "new", "--family", "llava", "--size", "small", "--corpus", corpus)
+    assert result.exit_code == 0
+    checkpoint = open_checkpoint(str(tmp_path / "new"))
+    checkpoint.check()
+    assert 0.9e6 < sum(math.prod(shape) for shape in checkpoint.shapes.values()) < 1.1e6
+    assert checkpoint.tokenizer().tokenize("the purple octagon") == ["▁the", "▁purple", "▁octagon"]
+    for name, array, _ in checkpoint.tensors():
+        if name.endswith(".bias"):
+            assert not array.any(), name
+        elif "norm" in name:
+            assert (array == 1).all(), name
+
+
+def test_a_corpus_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="corpus cannot be read"):
+        command.read_corpus(tmp_path / "corpus.txt")
 
 
 def test_a_mistake_is_exit_code_2_and_a_message(tmp_path):

@@ -72,7 +72,7 @@ def main(case: dict) -> None:
     places[:, :256] = rows * length + np.arange(256)  # the first tile's rows, in every sample
     targets = np.arange(rows * length)
     inputs = [
-        ids, places, np.tile(np.arange(length), (rows, 1)), ids, cos.astype(np.float64),
+        ids, places, np.tile(np.arange(length), (rows, 1)), None, cos.astype(np.float64),
         sin.astype(np.float64), targets, np.ones_like(targets),
         np.zeros((rows, 3, 224, 224), np.float32), None,
     ]  # fmt: skip

@@ -6,12 +6,16 @@ Exit codes: 0 done, 1 the command ran and its answer is no (parity), 2 the user 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 
 import typer
 
 from unillava.errors import UnillavaError
+
+# grain misses a profiler, and would say so in each of its processes; they import this module.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 COMMANDS = (
     "chat",
@@ -21,8 +25,10 @@ COMMANDS = (
     "convert",
     "verify",
     "compose",
+    "merge",
     "data",
     "train",
+    "curves",
     "launch",
     "doctor",
     "tiny",

@@ -56,11 +56,13 @@ class Fields:
             raise ConfigError(f"config.json: {self.dotted(key)} is missing")
         return self.get(key)
 
-    def integer(self, key: str, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`."""
+    def integer(self, key: str, minimum: int = 1, maximum: int = 2**48) -> int:
+        """A whole number of at least `minimum` and at most `maximum`."""
         value = self.required(key)
         if type(value) is not int or value < minimum:
             raise self.error(key, f"a whole number of at least {minimum}")
+        if value > maximum:
+            raise self.error(key, f"a whole number of at most {maximum}")
         return value
 
     def optional_integer(self, key: str) -> int | None:

@@ -8,10 +8,8 @@ cannot be used is left out, and named in the micro-batch that it was to be in.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,6 @@ from unillava.errors import DataError, RequestError, UnillavaError
 
 READ_AHEAD = 2
 """Micro-batches that a worker keeps ready."""
-SHARED_MEMORY = 1 << 30
-"""Bytes of it from which processes use it to hand arrays over."""
 MOST_BAD = 64
 """Samples in a row that cannot be used before a run is stopped: its setting is wrong."""
 TARGETS_STEP = 256
@@ -105,37 +101,33 @@ class Feed:
             yield update
 
     def _stream(self, start: int, stop: int) -> Iterator[MicroBatch]:
+        stream = self._dataset(start, stop)
         try:
-            for batch, shared in self._dataset(start, stop):
-                arrays = {name: np.asarray(array) for name, array in shared.items()}
-                yield replace(batch, arrays=batch.arrays | arrays)
+            yield from stream
         except RuntimeError as error:  # of grain, if a process ends
             if "process" not in str(error):
                 raise
             raise DataError(
                 "a worker process that prepares samples has died",
                 given=str(error).splitlines()[0],
-                expected="enough memory (and, in a container, /dev/shm) for all workers",
+                expected="enough memory for all workers",
                 fix="lower data.workers or steps.micro_batch; the run can be resumed",
             ) from error
+        finally:
+            stream.close()
 
-    def _dataset(self, start: int, stop: int) -> Iterator[Any]:
+    def _dataset(self, start: int, stop: int) -> Any:
         logging.getLogger("absl").setLevel(logging.ERROR)  # it misses a profiler, and says so
         import grain
 
         first = start * self.passes
         numbers = grain.MapDataset.range(first, stop * self.passes)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
-        stream = numbers.map(self._message).to_iter_dataset(options)
+        stream = numbers.map(self.micro).to_iter_dataset(options)
         if self.workers:
             processes = grain.MultiprocessingOptions(num_workers=self.workers)
             stream = stream.mp_prefetch(processes)
         return iter(stream)
-
-    def _message(self, number: int) -> tuple[MicroBatch, dict[str, np.ndarray]]:
-        """A micro-batch, and those of its arrays that grain is to send through shared memory."""
-        batch = self.micro(number)
-        return (replace(batch, arrays={}), batch.arrays) if _has_shared_memory() else (batch, {})
 
     def micro(self, number: int) -> MicroBatch:
         """Micro-batch `number` of this rank, counted from the beginning of the run."""
@@ -217,15 +209,6 @@ def spare_sample(pipeline: Pipeline) -> Sample:
         image_rows=spec.rows_per_tile,
         video_rows=layout.rows_per_frame(spec) if has_video else 0,
     )
-
-
-@cache
-def _has_shared_memory() -> bool:
-    """Containers often have 64 MB, and a process that wants more is killed."""
-    try:
-        return shutil.disk_usage("/dev/shm").free >= SHARED_MEMORY
-    except OSError:
-        return True  # a system that keeps it elsewhere
 
 
 def _all_bad(count: int, where: str, why: str) -> DataError:

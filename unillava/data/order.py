@@ -78,8 +78,7 @@ class Order:
     def described(self) -> str:
         """With packing, the first epoch in words."""
         rows, unusable = len(self.rows_of_epoch(0)), int((self.lengths == 0).sum())
-        told = f"{self.count:,} samples in {rows:,} rows of {self.max_length:,} positions"
-        told += f", {self.fill():.1%} full"
+        told = f"{rows:,} rows of {self.max_length:,} positions per epoch, {self.fill():.1%} full"
         return told + (f"; {unusable:,} samples cannot be used" if unusable else "")
 
     @property

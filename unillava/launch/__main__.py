@@ -16,6 +16,7 @@ from unillava.launch.command import Request, parse_master
 from unillava.launch.llava_arguments import translate
 from unillava.launch.msrun_arguments import build_form, read_form
 from unillava.launch.start import Mode, carry_out, replace_process, watch
+from unillava.training.recipe import load_recipe
 
 OPTIONS = ("backend", "nproc", "nnodes", "node-rank", "master", "strategy", "device", "logs")
 """Options of `unillava launch` that may stand among LLaVA's arguments."""
@@ -85,7 +86,9 @@ def read_options(recipe: str, words: Sequence[str]) -> tuple[Request, Mode, list
 
 def with_arguments(request: Request, recipe: str, rest: Sequence[str]) -> Request:
     """The request with LLaVA's arguments as overrides; says which have no effect."""
-    translation = translate(rest, request.world)
+    translation = translate(
+        rest, load_recipe(recipe), backend=request.backend, processes=request.world
+    )
     if translation.left_out:
         names = ", ".join(f"--{name}" for name in translation.left_out)
         print(f"without effect here: {names}", file=sys.stderr)

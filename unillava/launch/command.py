@@ -20,7 +20,7 @@ from unillava.training.recipe import Recipe, load_recipe
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "torch": ("single", "ddp", "fsdp", "zero2", "zero3"),
     "mindspore": ("single", "ddp", "zero1"),
-    "paddle": ("single", "ddp"),
+    "paddle": ("single", "ddp", "zero1"),
 }
 """Backend -> how it spreads a run; as its `parallel` module has them."""
 PORTS = {"torch": 29500, "mindspore": 8118, "paddle": 6070}
@@ -59,6 +59,10 @@ class Request:
     device: str | None = None
     """a100, ascend910b or cpu; None: each worker takes the best that is there."""
     logs: str = LOGS
+    address: str | None = None
+    interface: str | None = None
+    """By which this machine reaches machine 0, where there are several. The launchers would ask
+    for the address of this machine's name, which is often that of the machine for itself alone."""
 
     @property
     def world(self) -> int:
@@ -256,6 +260,8 @@ def build(request: Request, given: Mapping[str, str]) -> Launch:
         wanted |= devices.environment(
             request.backend, request.device, request.processes, request.nodes, request.logs
         )
+    if request.interface is not None:
+        wanted["GLOO_SOCKET_IFNAME"] = request.interface
     environment = {name: value for name, value in wanted.items() if name not in given}
     environment["UNILLAVA_BACKEND"] = request.backend
     if request.backend == "mindspore" and request.world > 1:
@@ -298,6 +304,8 @@ def _torchrun(request: Request) -> list[str]:
         host, port = request.master
         words += ["--nnodes", str(request.nodes), "--node-rank", str(request.node_rank)]
         words += ["--master-addr", host, "--master-port", str(port)]
+    # Seldom enough for `watch` to see how a worker has ended.
+    words += ["--monitor-interval", "1"]
     # Each rank's output goes to its file and to the terminal.
     return [*words, "--log-dir", f"{request.logs}/torchrun", "--tee", "3", "-m", "unillava"]
 
@@ -322,5 +330,6 @@ def _paddle_launch(request: Request) -> list[str]:
         host, port = request.master
         words += ["--nnodes", str(request.nodes), "--rank", str(request.node_rank)]
         words += ["--master", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    words += ["--host", request.address] if request.address else []
     # It runs what is no .py file as a program.
     return [*words, sys.executable, "-u", "-m", "unillava"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import socket
+import struct
 import sys
 from dataclasses import replace
 from typing import Literal, NoReturn
@@ -14,6 +17,8 @@ from unillava.launch.command import PORTS, Launch, Request, build, check_recipe
 from unillava.launch.slurm import slurm_script
 from unillava.launch.watch import supervise
 
+SIOCGIFADDR = 0x8915
+"""Linux: ask for the IPv4 address of an interface."""
 Mode = Literal["run", "print", "slurm"]
 
 
@@ -30,7 +35,7 @@ def carry_out(request: Request, mode: Mode = "run") -> None:
         check_recipe(request)
         print(text, end="")
         return
-    launch = build(_with_free_port(request), os.environ)
+    launch = build(_with_own_address(_with_free_port(request)), os.environ)
     check_recipe(request)
     if mode == "print":
         print(launch.shell())
@@ -99,6 +104,31 @@ def _with_free_port(request: Request) -> Request:
     if not wanted:
         return request
     return replace(request, master=("127.0.0.1", free_port(PORTS["mindspore"])))
+
+
+def _with_own_address(request: Request) -> Request:
+    if request.nodes == 1 or request.master is None:
+        return request
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(*request.master, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # which sends nothing
+            address = probe.getsockname()[0]
+    except OSError:
+        return request
+    return replace(request, address=address, interface=_interface_of(address))
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface with an address; None where the system does not tell."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            question = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, question)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def free_port(preferred: int) -> int:

@@ -3,8 +3,8 @@
 The launchers treat a signal each in its own way: msrun kills its workers on Ctrl-C and leaves them
 running on SIGTERM, the others kill theirs after some seconds, in which no large model is saved. So
 a launcher gets a session of its own, where no signal of the terminal reaches it, and the workers
-are told here. They save, exit, and the launcher sees that they are gone. SIGUSR1 asks for the same, and
-the others ignore it: Slurm sends its warning to every process of a job at once.
+are told here. They save, exit, and the launcher sees that they are gone. SIGUSR1 asks for the same;
+the others ignore it, because Slurm sends its warning to every process of a job at once.
 
 Workers are the launcher's children that lead a session: all three launchers start them so (and
 msrun's scheduler otherwise, which must outlive them). They are read from /proc; where there is
@@ -13,6 +13,7 @@ none, the launcher itself gets the signal.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -30,8 +31,10 @@ from unillava.launch.command import Launch
 STOPPED = 143
 """Exit code of a run that was asked to stop, saved its state and can go on."""
 KILLED = 128 + signal.SIGKILL
-PAUSE = 0.2
-"""Seconds between two looks; every launcher waits longer before it collects a dead worker."""
+PAUSE, SEARCH, SETTLED = 0.05, 0.2, 30.0
+"""Seconds between two looks at the workers; between two searches for new ones; after the newest,
+until no more are expected. How a worker ended can be read until its launcher has collected it,
+which each of them does once in a second."""
 GRACE = 30.0
 """Seconds that a launcher has to end after a worker has failed, or all are gone."""
 LINES, SHOWN = 25, 3
@@ -66,10 +69,9 @@ def supervise(launch: Launch, *, alone: bool = False) -> int:
     _allow_many_files()
     with _signals() as asked:
         process = _start(launch)
-        watch = Watch(process.pid)
+        watch = Watch(process.pid, alone)
         while process.poll() is None:
-            if not alone:
-                watch.look()
+            watch.look()
             watch.act(asked)
             time.sleep(PAUSE)
     return watch.verdict(process.returncode, bool(asked))
@@ -91,24 +93,40 @@ def _start(launch: Launch) -> subprocess.Popen[bytes]:
 class Watch:
     """What is known of a launcher and its workers."""
 
-    def __init__(self, launcher: int) -> None:
-        self.launcher = launcher
+    def __init__(self, launcher: int, alone: bool = False) -> None:
+        self.launcher, self._alone = launcher, alone
         self.workers: dict[int, Worker] = {}
         self.failed: list[Worker] = []
         """Those that failed before all others; the others fail because of them."""
+        self.lost: list[Worker] = []
+        """Those that were gone before all others, while nobody saw how."""
+        self._searched = self._newest = -math.inf
         self._answered = 0
         self._deadline: float | None = None
 
     def look(self) -> None:
         """See which workers there are, and which have ended."""
-        found = {child.pid: child for child in _children(self.launcher) if child.leads}
-        for pid in found.keys() - self.workers.keys():
-            self.workers[pid] = Worker(pid, _log_of(pid))
-        for pid, worker in self.workers.items():
-            worker.code = found[pid].code if pid in found else worker.code
-            worker.gone = pid not in found or worker.code is not None
-        if not self.failed:
+        if self._alone:
+            return
+        now = time.monotonic()
+        expected = not self.workers or now - self._newest < SETTLED
+        if expected and now - self._searched >= SEARCH:
+            self._search()
+        for worker in self.workers.values():
+            if not worker.gone:
+                child = _child(worker.pid, self.launcher)
+                worker.code = child.code if child else None
+                worker.gone = child is None or child.code is not None
+        if not self.failed and not self.lost:
             self.failed = self._failures()
+            self.lost = [w for w in self.workers.values() if w.gone and w.code is None]
+
+    def _search(self) -> None:
+        self._searched = time.monotonic()
+        for child in _children(self.launcher):
+            if child.leads and child.pid not in self.workers:
+                self.workers[child.pid] = Worker(child.pid, _log_of(child.pid))
+                self._newest = self._searched
 
     def _failures(self) -> list[Worker]:
         ended = [worker for worker in self.workers.values() if worker.code not in (None, 0)]
@@ -118,6 +136,8 @@ class Watch:
 
     def act(self, asked: list[int]) -> None:
         """Hand signals on; end what does not end by itself."""
+        if len(asked) > self._answered and not self._alone:
+            self._search()
         alive = [worker.pid for worker in self.workers.values() if not worker.gone]
         if len(asked) > self._answered:
             again = self._answered > 0
@@ -142,12 +162,14 @@ class Watch:
             code: the launcher's, negative for a signal.
             asked: whether a signal asked to stop.
         """
-        for worker in self.failed[:SHOWN]:
+        codes = {worker.code for worker in self.workers.values()}
+        in_order = asked or STOPPED in codes
+        failed = self.failed or (self.lost if code != 0 and not in_order else [])
+        for worker in failed[:SHOWN]:
             print(_obituary(worker), file=sys.stderr, flush=True)
         if self.failed:
             return self.failed[0].code or 1
-        codes = {worker.code for worker in self.workers.values()}
-        if asked or STOPPED in codes:
+        if in_order:
             return STOPPED
         return 128 - code if code < 0 else code
 
@@ -166,16 +188,23 @@ class _Child:
 
 def _children(parent: int) -> Iterator[_Child]:
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        # pid (name) state parent group session …; a name may have blanks and parentheses.
-        fields = text.rpartition(")")[2].split()
-        if int(fields[1]) == parent:
-            pid = int(folder.name)
-            code = _shell_code(int(fields[49])) if fields[0] in "ZX" else None
-            yield _Child(pid, int(fields[3]) == pid, code)
+        child = _child(int(folder.name), parent)
+        if child is not None:
+            yield child
+
+
+def _child(pid: int, parent: int) -> _Child | None:
+    """The process, if it is there and a child of `parent`."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # pid (name) state parent group session …; a name may have blanks and parentheses.
+    fields = text.rpartition(")")[2].split()
+    if int(fields[1]) != parent:
+        return None
+    code = _shell_code(int(fields[49])) if fields[0] in "ZX" else None
+    return _Child(pid, int(fields[3]) == pid, code)
 
 
 def _shell_code(status: int) -> int:
@@ -228,7 +257,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _obituary(worker: Worker) -> str:
-    how = f"exit code {worker.code}"
+    how = f"exit code {worker.code}" if worker.code else "nobody saw how"
     if worker.code is not None and worker.code > 128:
         with suppress(ValueError):
             how = f"killed by {signal.Signals(worker.code - 128).name}"
@@ -246,4 +275,4 @@ def _tail(path: Path) -> list[str]:
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
         return [f"it cannot be read: {error.strerror}"]
-    return text.splitlines()[-LINES:]
+    return text.splitlines()[-LINES:] or ["(nothing)"]

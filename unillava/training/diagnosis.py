@@ -12,7 +12,10 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from unillava.data.files import as_json, written
 
 WATCHED = 50
 """Updates whose loss is remembered."""
@@ -111,6 +114,45 @@ def suspects(ranks: Sequence[Mapping[str, Any]]) -> str:
             + (f" and {more} more" if more > 0 else "")
         )
     return "; ".join(told)
+
+
+def write_failure(
+    path: Path,
+    problem: str,
+    update: Mapping[str, Any],
+    ranks: Sequence[Mapping[str, Any]],
+    usual: float,
+) -> None:
+    """Leave what is known of a failed update beside the checkpoints.
+
+    Args:
+        path: the file, JSON.
+        problem: what `Watch.judge` said.
+        update: its numbers.
+        ranks: what each rank told (`rank_report`).
+        usual: the median loss before.
+    """
+    broken = [r["rank"] for r in ranks if any(isinstance(p["loss"], str) for p in r["passes"])]
+    content = {
+        "problem": problem,
+        "step": update["step"],
+        "usual_loss": usual,
+        "ranks_without_a_loss": broken,
+        "groups_without_a_norm": [n for n, v in update["norms"].items() if not math.isfinite(v)],
+        "update": update,
+        "ranks": ranks,
+    }
+    with written(path) as file:
+        file.write(as_json(plain(content), indent=2))
+
+
+def plain(value: Any) -> Any:
+    """The same with every number that JSON cannot hold as text."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return number(value) if isinstance(value, float) else value
 
 
 def number(value: float) -> float | str:

@@ -17,9 +17,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from backends.quantised import block_of
+from unillava.data.layout import image_tokens, video_tokens
 from unillava.errors import ConfigError
 from unillava.memory import DTYPE_BYTES, count, most_tiles
 from unillava.spec import LlavaSpec, parameter_table
+from unillava.training.lora import LANGUAGE, linear_layers
+from unillava.training.recipe import Recipe
+from unillava.training.run import Plan, read_deepspeed
 from weight_convert.canonical import part_of
 
 CHUNK_BYTES = 64 << 20
@@ -28,6 +33,9 @@ BUCKET = 500_000_000
 """Elements that DeepSpeed exchanges at a time (its `reduce_bucket_size`)."""
 TOLERANCE = 1.25
 """A need beyond this many times the device's memory cannot be an error of the estimate."""
+
+CHARACTERS, TYPICAL_HW = 4, (480, 640)
+"""Of a token, and of a picture, where nothing more is known."""
 
 SHARDS = {
     "single": (),
@@ -56,9 +64,13 @@ class Setting:
     """Positions of a row."""
     precision: str = "bfloat16"
     recompute: bool = False
+    recompute_layers: int | None = None
+    """The first so many blocks of the decoder; None: all."""
     strategy: str = "single"
     world: int = 1
     packing: bool = False
+    hosted: tuple[str, ...] = ()
+    """What lies in the host's memory (DeepSpeed's offloading): names of `Estimate`."""
     bits: Mapping[str, float] = field(default_factory=dict)
     """Frozen weights that are stored in fewer bits than the precision -> bits per element."""
 
@@ -119,6 +131,7 @@ def estimate(spec: LlavaSpec, setting: Setting) -> Estimate:
     }
     for name in SHARDS[setting.strategy]:
         whole[name] /= setting.world
+    whole |= dict.fromkeys(setting.hosted, 0)
     return Estimate(
         **{name: math.ceil(value) for name, value in whole.items()},
         gathered=_gathered(table, setting, size, trained),
@@ -155,11 +168,13 @@ def _activations(spec: LlavaSpec, setting: Setting, size: int) -> float:
     parts = {_part(name) for name in setting.trained}
     positions, tiles = setting.rows * setting.length, _tiles(spec, setting)
     block = positions * _block(spec, setting, size, "language" in parts)
+    again = 0
     if setting.recompute:
-        kept = text.num_layers * positions * text.hidden_size * size
-        kept += block + _casts(setting, size, ".layers.0.")
-    else:
-        kept = text.num_layers * block + _casts(setting, size, "")
+        again = min(text.num_layers, setting.recompute_layers or text.num_layers)
+    kept = again * positions * text.hidden_size * size
+    # While a block is recomputed, everything of it is there.
+    whole = text.num_layers - again + (again > 0)
+    kept += whole * block + _casts(setting, size) * whole / text.num_layers
     kept += tiles * spec.rows_per_tile * size * (spec.projector.input_size + 2 * text.hidden_size)
     if "vision" in parts:
         return kept + tiles * _tower(spec, size)
@@ -183,12 +198,13 @@ def _block(spec: LlavaSpec, setting: Setting, size: int, trained: bool) -> float
     """Bytes per position that the decoder's block keeps.
 
     Queries, keys, values and attention's result; the gate before and after its activation, and
-    up; the residual stream before both norms, in float32; the mask; where a matrix is trained
-    (or has an adapter) also what goes into it.
+    up; the residual stream before both norms, in float32; with packing the mask; where a matrix
+    is trained (or has an adapter) also what goes into it.
     """
     text = spec.text
     heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    elements = 2 * heads + 2 * kv_heads + 3 * text.intermediate_size + setting.length
+    elements = 2 * heads + 2 * kv_heads + 3 * text.intermediate_size
+    elements += setting.length if setting.packing else 0
     if trained:
         elements += 3 * text.hidden_size + heads + text.intermediate_size
     return elements * size + 2 * 4 * text.hidden_size
@@ -203,11 +219,12 @@ def _tower(spec: LlavaSpec, size: int) -> float:
     return size * tower.num_positions * deepest * block
 
 
-def _casts(setting: Setting, size: int, within: str) -> int:
-    """Trained matrices in the compute dtype, which the backward pass keeps."""
+def _casts(setting: Setting, size: int) -> int:
+    """The decoder's trained matrices in the compute dtype, which the backward pass keeps."""
     if size == 4 or setting.strategy in (*KEEPS_COPIES, "fsdp"):
         return 0
-    shapes = [s for name, s in setting.trained.items() if within in name and len(s) > 1]
+    named = setting.trained.items()
+    shapes = [s for name, s in named if name.startswith("language_model") and len(s) > 1]
     return size * sum(map(math.prod, shapes))
 
 
@@ -220,6 +237,72 @@ def _head(spec: LlavaSpec, setting: Setting, size: int) -> int:
     name = "language_model.model.embed_tokens.weight" if text.tie_embeddings else name
     gradient = (4 + (size if size < 4 else 0)) * matrix if name in setting.trained else 0
     return 3 * chunk + positions * text.hidden_size * size + gradient
+
+
+# --- of a recipe ---------------------------------------------------------------------------------
+
+
+def setting_of(plan: Plan, precision: str, strategy: str, world: int) -> Setting:
+    """What a run's memory depends on.
+
+    Args:
+        plan: the run.
+        precision: of computing, as decided.
+        strategy: as decided.
+        world: number of devices.
+    """
+    recipe, spec = plan.recipe, plan.checkpoint.spec
+    bits: dict[str, float] = {}
+    if recipe.lora is not None and recipe.lora.base != "full":
+        for path, (_, width) in linear_layers(spec).items():
+            block = block_of(width, recipe.lora.base)
+            code = 8 if recipe.lora.base == "int8" else 4
+            bits[f"{LANGUAGE}{path}.weight"] = code + 32 / block
+    return Setting(
+        trained=plan.trained_shapes,
+        rows=recipe.steps.micro_batch,
+        length=(recipe.data.row_length if recipe.data.packing else None) or recipe.data.max_length,
+        precision=precision,
+        recompute=recipe.running.recompute,
+        recompute_layers=recipe.running.recompute_layers,
+        strategy=strategy,
+        world=world,
+        packing=recipe.data.packing,
+        hosted=_hosted(recipe, strategy),
+        bits=bits,
+    )
+
+
+def tokens_per_update(plan: Plan) -> tuple[float, str]:
+    """Positions of an average update that are not padding, and how they are known.
+
+    With packing the lengths are exact. Else they are guessed from the index of the data: four
+    characters to a token, and pictures of 640 x 480.
+    """
+    recipe, order, records = plan.recipe, plan.order, plan.records
+    if recipe.data.packing:
+        return recipe.steps.batch * order.clipped.sum() / len(order.rows_of_epoch(0)), "exact"
+    spec = plan.checkpoint.spec
+    lengths = records.characters / CHARACTERS + records.images * image_tokens(spec, TYPICAL_HW)
+    if spec.video is not None:
+        lengths = lengths + records.videos * video_tokens(spec, recipe.data.num_frames)
+    return recipe.steps.batch * float(lengths.clip(max=recipe.data.max_length).mean()), "rough"
+
+
+def _hosted(recipe: Recipe, strategy: str) -> tuple[str, ...]:
+    if recipe.running.deepspeed is None or strategy not in ("zero2", "zero3"):
+        return ()
+    options = read_deepspeed(recipe.running.deepspeed)["zero_optimization"]
+    hosted = {
+        "offload_optimizer": ("masters", "gradients", "moments"),
+        "offload_param": ("weights",),
+    }
+    chosen = (names for key, names in hosted.items() if _on_host(options.get(key)))
+    return tuple(name for names in chosen for name in names)
+
+
+def _on_host(option: Mapping[str, str] | None) -> bool:
+    return bool(option) and option.get("device", "none") != "none"
 
 
 # --- whether it fits -----------------------------------------------------------------------------

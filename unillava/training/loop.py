@@ -7,12 +7,12 @@ recipe alone; how it is spread over devices is the engine's business.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import math
 import signal
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +26,8 @@ from unillava.errors import UnillavaError
 from unillava.rope import rotary_tables
 from unillava.spec import LlavaSpec, TextSpec
 from unillava.training import state
+from unillava.training.diagnosis import Pass, Watch, rank_report, suspects, write_failure
+from unillava.training.flops import attention_pairs
 from unillava.training.groups import PartGroup
 from unillava.training.lora import dropout_noise
 from unillava.training.recipe import Recipe
@@ -37,8 +39,6 @@ INPUTS = (
     *("noise_rows", "noise_columns"),
 )
 """The batch in the order of `LlavaForTraining.forward`."""
-WATCHED = 50
-"""Updates whose loss is remembered, to tell an explosion."""
 
 
 class TrainingError(UnillavaError):
@@ -80,8 +80,18 @@ class Update:
     positions: int
     samples: int
     bad: int
+    """Samples that were left out."""
+    tiles: int
+    """Tiles of pictures, that of a batch without any included."""
+    frames: int
+    pairs: int
+    """See `flops.attention_pairs`."""
     seconds: float
+    """Since the last update was done."""
+    waited: float
+    """Seconds of these for data."""
     skipped: bool
+    """A gradient is not finite, so nothing was changed."""
 
 
 @dataclass
@@ -103,6 +113,8 @@ class Run:
     """What state.json says beside the step."""
     report: Callable[[Update], None] = lambda update: None
     warn: Callable[[str], None] = lambda text: None
+    report_bad: Callable[[int, str, str], None] = lambda step, name, why: None
+    """Called with (step, sample, why) for each sample that was left out, on every rank."""
 
     def train(self, start: int, stop_at: int) -> int:
         """Take the updates from `start` to `stop_at`; returns the number of finished ones.
@@ -112,16 +124,17 @@ class Run:
         Raises:
             TrainingError: the loss is no number or explodes; says where.
         """
-        recent: deque[float] = deque(maxlen=WATCHED)
-        step, saved = start, start
+        watch = Watch(self.spec.text.vocab_size)
+        step, saved, began = start, start, time.monotonic()
         with _signals() as asked:
             for batches in self.feed.updates(start, stop_at):
-                update = self._update(step, batches)
-                self._check(update, batches, recent)
-                step += 1
+                update, passes = self._update(step, batches, began)
+                began += update.seconds
                 self.report(update)
+                self._check(update, passes, watch)
+                step += 1
                 stop = self._anyone(bool(asked))
-                if stop or step % self.recipe.saving.every == 0:
+                if stop or (step % self.recipe.saving.every == 0 and watch.calm):
                     self.save(step)
                     saved = step
                 if stop:
@@ -134,33 +147,43 @@ class Run:
     def save(self, step: int) -> Path:
         """A portable checkpoint of now; collective."""
         rank, world = self.parallel.world()
+        scale = self.engine.loss_scale
+        facts = {
+            "engine_steps": self.engine.steps,
+            "loss_scale": None if scale is None else dataclasses.asdict(scale),
+        }
         return state.save(
             self.output,
             step,
             self.engine.state(),
-            {"engine_steps": self.engine.steps, **self.facts},
+            {**facts, **self.facts},
             rank=rank,
             world=world,
             barrier=self.parallel.barrier,
             keep=self.recipe.saving.keep,
         )
 
-    def _update(self, step: int, batches: Sequence[MicroBatch]) -> Update:
-        began = time.monotonic()
-        counts = [(b.learnt, b.positions, len(b.samples), len(b.bad)) for b in batches]
+    def _update(
+        self, step: int, batches: Sequence[MicroBatch], began: float
+    ) -> tuple[Update, list[Pass]]:
+        """One update, and how each pass of this rank went. `began`: when the last one was done."""
+        waited = time.monotonic() - began
+        counts = [self._counts(batch) for batch in batches]
         totals = self.parallel.sum_over_ranks(np.sum(counts, axis=0, dtype=np.int64))
-        learnt, positions, samples, bad = (int(count) for count in totals)
-        loss = 0.0
+        learnt, positions, samples, bad, tiles, frames, pairs = (int(count) for count in totals)
+        loss, passes = 0.0, []
         for n, batch in enumerate(batches, 1):
             scale, last = self._scale(batch, totals), n == len(batches)
-            loss += self.engine.accumulate(self._inputs(batch.arrays, step), scale, last=last)
+            value = self.engine.accumulate(self._inputs(batch.arrays, step), scale, last=last)
+            loss += value
+            mean = value / (scale * max(1, batch.learnt))
+            passes.append(Pass(batch.samples, batch.learnt, batch.positions, mean))
         rates = {name: rate * self.schedule.factor(step) for name, rate in self.rates.items()}
         norms = self.engine.update(rates)
         loss = float(self.parallel.sum_over_ranks(np.array([loss], np.float64))[0])
-        for batch in batches:
-            for name, why in batch.bad:
-                self.warn(f"step {step + 1}: skipped {name}: {why}")
-        return Update(
+        if bad:
+            self._name_bad(step + 1, batches)
+        update = Update(
             step=step + 1,
             loss=loss,
             norm=norms.total,
@@ -170,9 +193,32 @@ class Run:
             positions=positions,
             samples=samples,
             bad=bad,
+            tiles=tiles,
+            frames=frames,
+            pairs=pairs,
             seconds=time.monotonic() - began,
+            waited=waited,
             skipped=norms.skipped,
         )
+        return update, passes
+
+    def _counts(self, batch: MicroBatch) -> tuple[int, ...]:
+        arrays = batch.arrays
+        tiles, frames = (
+            len(arrays.get(name, ())) for name in ("pixel_values", "pixel_values_videos")
+        )
+        pairs = 0
+        if batch.positions:
+            pairs = attention_pairs(arrays["segment_ids"], self.spec.text.sliding_window)
+        samples, bad = len(batch.samples), len(batch.bad)
+        return batch.learnt, batch.positions, samples, bad, tiles, frames, pairs
+
+    def _name_bad(self, step: int, batches: Sequence[MicroBatch]) -> None:
+        """Collective: rank 0 hears of every rank's bad samples."""
+        own = json.dumps([found for batch in batches for found in batch.bad])
+        for text in gather_text(self.parallel, own):
+            for name, why in json.loads(text):
+                self.report_bad(step, name, why)
 
     def _scale(self, batch: MicroBatch, totals: np.ndarray) -> float:
         """What the sum of a micro-batch's token losses is multiplied by."""
@@ -199,22 +245,32 @@ class Run:
         """Whether any rank was asked to stop: all must stop at the same step."""
         return bool(self.parallel.sum_over_ranks(np.array([int(asked)], np.int64))[0])
 
-    def _check(self, update: Update, batches: Sequence[MicroBatch], recent: deque[float]) -> None:
-        usual = statistics.median(recent) if len(recent) >= 10 else math.inf
-        if math.isfinite(update.loss) and (update.skipped or update.loss < 5 * usual + 1):
-            recent.append(update.loss)
+    def _check(self, update: Update, passes: Sequence[Pass], watch: Watch) -> None:
+        """Collective where something is wrong: then every rank tells of its passes.
+
+        Raises:
+            TrainingError: the run cannot go on; failure.json in the output says all that is known.
+        """
+        usual = watch.usual
+        problem = watch.judge(update.loss, update.skipped)
+        if problem is None:
             return
-        norms = ", ".join(f"{name} {norm:.3g}" for name, norm in update.norms.items())
-        what = "explodes" if math.isfinite(update.loss) else "is no number"
-        names = [name for batch in batches for name in batch.samples]
+        rank, _ = self.parallel.world()
+        texts = gather_text(self.parallel, rank_report(rank, passes))
+        ranks = [json.loads(text) for text in texts]
+        if rank == 0:
+            path = self.output / "failure.json"
+            write_failure(path, problem, dataclasses.asdict(update), ranks, usual)
+        norms = sorted(update.norms.items(), key=lambda item: math.isfinite(item[1]))
         raise TrainingError(
-            f"the loss {what} at step {update.step}",
-            given=f"loss {update.loss:.4g} (median of the last {len(recent)}: {usual:.4g}); "
-            f"gradient norms: {norms}; samples on this rank: {', '.join(names[:8])}"
-            + (f" and {len(names) - 8} more" if len(names) > 8 else ""),
+            f"{problem} at step {update.step}",
+            given=f"loss {update.loss:.4g}, usually {usual:.4g}; gradient norms: "
+            + ", ".join(f"{name} {norm:.3g}" for name, norm in norms)
+            + f"; look first at {suspects(ranks)}",
             expected="a loss like that of the steps before",
             fix="look at these samples with `unillava data check`; lower the rates, lengthen the "
-            f"warm-up, clip gradients. The newest checkpoint in {self.output} is from before",
+            f"warm-up, clip gradients. {self.output / 'failure.json'} names every sample of this "
+            "update; the newest checkpoint is from before it",
         )
 
 
@@ -223,6 +279,24 @@ def _tables(spec: TextSpec, length: int) -> Mapping[str, np.ndarray]:
     """The rotary tables of a sequence; float64 tells the engine to keep them in float32."""
     cos_LE, sin_LE = rotary_tables(spec, length)
     return {"cos": cos_LE.astype(np.float64), "sin": sin_LE.astype(np.float64)}
+
+
+def gather_text(parallel: Any, own: str) -> list[str]:
+    """Each rank's text, in the order of the ranks; collective.
+
+    Args:
+        parallel: the backend's module of that name; it can only add up numbers.
+        own: of this rank.
+    """
+    rank, world = parallel.world()
+    codes = np.frombuffer(own.encode(), np.uint8)
+    sizes = np.zeros(world, np.int64)
+    sizes[rank] = len(codes)
+    ends = np.cumsum(parallel.sum_over_ranks(sizes))
+    everything = np.zeros(ends[-1], np.int64)
+    everything[ends[rank] - len(codes) : ends[rank]] = codes
+    joined = parallel.sum_over_ranks(everything).astype(np.uint8)
+    return [part.tobytes().decode() for part in np.split(joined, ends[:-1])]
 
 
 @contextmanager

@@ -163,6 +163,9 @@ class Running:
     deepspeed: str | None = None
     """A DeepSpeed configuration, for zero2 and zero3 on torch; what a recipe decides itself is not
     taken from it."""
+    memory: float | None = None
+    """GiB that each device gives to the run, which is refused where it cannot fit; None: what the
+    device has; 0: not checked."""
     seed: int = 42
 
 

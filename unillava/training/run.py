@@ -278,13 +278,20 @@ def build_run(
         on_bad=recipe.data.on_bad,
         placement=get_compat(recipe.data.compat).placement,
     )
+    from backends.contract import LossScale
+
     start = 0
     saved = state.find_latest(output) if resume else None
     if saved is not None:
         saved.check(chosen.trained_shapes)
-        engine.restore(int(saved.facts["engine_steps"]), saved.read)
+        scale = saved.facts.get("loss_scale")
+        scale = LossScale(**scale) if scale else None
+        engine.restore(int(saved.facts["engine_steps"]), saved.read, scale)
         start = saved.step
         warn(f"going on from {saved.path} (written by {saved.facts.get('backend')})")
+        changed = changed_settings(saved.facts.get("recipe") or {}, recipe)
+        if changed:
+            warn(f"the recipe is not the one it began with: {', '.join(changed)} changed")
     run = Run(
         recipe=recipe,
         spec=checkpoint.spec,
@@ -300,6 +307,35 @@ def build_run(
         warn=warn,
     )
     return run, start
+
+
+HARMLESS = ("output", "running", "saving", "logging", "data.workers", "data.on_bad")
+"""Settings that change nothing but rounding, speed and what is kept."""
+
+
+def changed_settings(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Dotted keys in which a recipe differs from an earlier one, but for HARMLESS ones.
+
+    Args:
+        before: `Recipe.as_dict()` as state.json gives it.
+        recipe: the present one.
+    """
+    old, new = _flat(before), _flat(json.loads(json.dumps(recipe.as_dict())))
+    changed = [key for key in {**old, **new} if key in old and old[key] != new.get(key)]
+    seed = "running.seed"
+    return [
+        key
+        for key in changed
+        if key == seed or not any(key == h or key.startswith(f"{h}.") for h in HARMLESS)
+    ]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        inner = isinstance(item, Mapping)
+        flat |= _flat(item, f"{prefix}{key}.") if inner else {f"{prefix}{key}": item}
+    return flat
 
 
 def facts_of(chosen: Plan) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a larger number means that the file is something else."""
+MOST_VALUES = 2**56
+"""No array can be larger; NumPy refuses the shape."""
 
 _LAYOUT_RANK = {code: rank for rank, code in enumerate(NUMPY_DTYPES)}
 
@@ -178,6 +181,9 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
             given=dtype,
             expected=f"one of {', '.join(NUMPY_DTYPES)}",
         )
+    if math.prod(size for size in shape if size) >= MOST_VALUES:
+        # Only with a size of 0 beside it; no array has such a shape, however empty.
+        raise _damaged(path, f"tensor {name!r} has a shape that cannot be", shape)
     begin, end = offsets
     needed = count_bytes(dtype, shape)
     if end - begin != needed:
