@@ -61,7 +61,7 @@ def main() -> None:
         result = {
             "layers": options.layers,
             "cpus": os.cpu_count(),
-            "routes": measure_routes(folder, options.layers),
+            "routes": measure_routes(folder, options.layers, options.sources),
             "peers": measure_peers(folder, options.peer_layers),
         }
     RESULTS.mkdir(exist_ok=True)
@@ -74,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32, help="blocks of the language model")
     parser.add_argument("--peer-layers", type=int, default=8)
+    parser.add_argument("--sources", nargs="+", help="only routes from these dialects")
     parser.add_argument("--folder", help="where about 45 GB are free; default: the system's")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
@@ -131,11 +132,12 @@ def build(directory: Path, layers: int) -> Path:
 # --- our routes ------------------------------------------------------------------------------
 
 
-def measure_routes(folder: Path, layers: int) -> list[dict[str, Any]]:
+def measure_routes(folder: Path, layers: int, sources: list[str] | None) -> list[dict[str, Any]]:
     held = {"hf": build(folder / "hf", layers)}
     largest = largest_tensor(held["hf"])
     found = []
-    for source, target, kind in ROUTES:
+    routes = [route for route in ROUTES if not sources or route[0] in sources]
+    for source, target, kind in routes:
         destination = folder / f"{target}-from-{source}"
         seconds, peak = converted(held[source], destination, target)
         copies = [copied(held[source], folder / "copy") for _ in range(2)]
@@ -154,7 +156,7 @@ def measure_routes(folder: Path, layers: int) -> list[dict[str, Any]]:
             }
         )
         print(json.dumps(found[-1]), flush=True)
-        used_later = [s for s, _, _ in ROUTES[len(found) :]]
+        used_later = [s for s, _, _ in routes[len(found) :]]
         if target in used_later and target not in held:
             held[target] = destination
         else:

@@ -2,11 +2,11 @@
 
     python scripts/draw_shapes.py FOLDER [--pictures 4000] [--held-out 400] [--seed 0]
 
-    FOLDER/images/         PNG pictures, one to four shapes in each
+    FOLDER/images/         PNG pictures: one to four shapes of a kind, close together
     FOLDER/captions.json   stage 1: a picture and its description
     FOLDER/questions.json  stage 2: a conversation about each picture, a turn per kind of question
     FOLDER/held_out.jsonl  question lines for `unillava predict`, with their answers, about pictures
-                           whose arrangement of shapes occurs in no training picture
+                           whose combination of properties occurs in no training picture
     FOLDER/corpus.txt      all that is written in them, for `unillava tiny --corpus`
 
 The same arguments give the same files. Within each kind, answers are about equally frequent, so
@@ -16,9 +16,9 @@ that knowing them without looking is worth little.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,24 +34,24 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-KINDS = ("colour", "shape", "count", "position")
-SIDE = 56
+COUNTS = (1, 2, 3, 4)
+SIDE = 112
 """Of a picture, in pixels."""
-SCALE = 4
+GREY = (122, 117, 104)
+"""Of the background: what CLIP's processor subtracts, so that a patch without a shape is little
+more than its place. On white the same is learnt, but in more steps."""
+SCALE = 3
 """Drawn larger by this and shrunk, so that edges are smooth."""
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One shape of a picture."""
+class Scene:
+    """What a picture shows."""
 
-    place: str
+    count: int
     colour: str
     shape: str
-
-
-Scene = tuple[Thing, ...]
-"""What a picture shows, in the order of PLACES."""
+    place: str
 
 
 @dataclass(frozen=True)
@@ -66,47 +66,33 @@ class Turn:
 # --- scenes ----------------------------------------------------------------------------------
 
 
-def scene(source: random.Random) -> Scene:
-    """One to four things, each in a quarter of its own."""
-    places = source.sample(PLACES, source.randint(1, len(PLACES)))
-    return tuple(
-        Thing(place, source.choice(list(COLOURS)), source.choice(SHAPES))
-        for place in sorted(places, key=PLACES.index)
-    )
-
-
 def scenes(trained: int, kept: int, source: random.Random) -> tuple[list[Scene], list[Scene]]:
-    """Scenes to learn from, and different ones that are held out: none of them is among the first.
+    """Scenes to learn from and to hold out: no combination is on both sides.
 
-    Every tenth arrangement is held out, so that those of one shape, which are few, are on both
-    sides. Scenes to learn from may come again; each is drawn anew.
+    Every eighth combination is held out. Scenes come again and again; each is drawn anew.
     """
-    learnt: list[Scene] = []
-    held: dict[Scene, None] = {}
-    side: dict[Scene, bool] = {}
-    while len(learnt) < trained or len(held) < kept:
-        found = scene(source)
-        if side.setdefault(found, source.random() < 0.1):
-            held[found] = None
-        else:
-            learnt.append(found)
-    return learnt[:trained], list(held)[:kept]
+    every = [Scene(*parts) for parts in itertools.product(COUNTS, COLOURS, SHAPES, PLACES)]
+    source.shuffle(every)
+    held, learnt = every[: len(every) // 8], every[len(every) // 8 :]
+    return source.choices(learnt, k=trained), source.choices(held, k=kept)
 
 
 def draw(scene: Scene, source: random.Random) -> Image.Image:
     """The picture of a scene; sizes, exact places and shades vary."""
     side = SIDE * SCALE
-    background = tuple(source.randint(225, 255) for _ in range(3))
+    background = tuple(c + source.randint(-8, 8) for c in GREY)
     image = Image.new("RGB", (side, side), background)
     pen = ImageDraw.Draw(image)
-    for thing in scene:
-        row, column = divmod(PLACES.index(thing.place), 2)
-        radius = side * source.uniform(0.18, 0.21)
-        free = 0.8 * (side / 4 - radius)
-        x = side * (0.25 + 0.5 * column) + source.uniform(-free, free)
-        y = side * (0.25 + 0.5 * row) + source.uniform(-free, free)
-        colour = tuple(min(255, max(0, c + source.randint(-15, 15))) for c in COLOURS[thing.colour])
-        draw_shape(pen, thing.shape, x, y, radius, colour)
+    row, column = divmod(PLACES.index(scene.place), 2)
+    colour = tuple(min(255, max(0, c + source.randint(-15, 15))) for c in COLOURS[scene.colour])
+    cell = side / 4
+    for corner in source.sample(range(4), scene.count):
+        down, right = divmod(corner, 2)
+        radius = cell * source.uniform(0.36, 0.42)
+        free = cell / 2 - radius
+        x = cell * (2 * column + right + 0.5) + source.uniform(-free, free)
+        y = cell * (2 * row + down + 0.5) + source.uniform(-free, free)
+        draw_shape(pen, scene.shape, x, y, radius, colour)
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
@@ -128,38 +114,18 @@ def draw_shape(
 
 def caption(scene: Scene) -> str:
     """A description of all that the picture shows."""
-    parts = [f"a {thing.colour} {thing.shape} at the {thing.place}" for thing in scene]
-    return ", ".join(parts) + "."
+    ending = "" if scene.count == 1 else "s"
+    return f"{scene.count} {scene.colour} {scene.shape}{ending} at the {scene.place}."
 
 
-def possible_turns(scene: Scene) -> dict[str, list[Turn]]:
-    """Kind -> the questions about a scene that have one answer."""
-    shapes = Counter(thing.shape for thing in scene)
-    colours = Counter(thing.colour for thing in scene)
-    turns = [Turn("count", "How many shapes are there?", str(len(scene)))]
-    for thing in scene:
-        place, colour, shape = thing.place, thing.colour, thing.shape
-        turns.append(Turn("colour", f"What colour is the shape at the {place}?", colour))
-        turns.append(Turn("shape", f"Which shape is at the {place}?", shape))
-        if colours[colour] == 1:
-            turns.append(Turn("position", f"Where is the {colour} shape?", place))
-        if shapes[shape] == 1:
-            turns.append(Turn("position", f"Where is the {shape}?", place))
-    return {kind: [turn for turn in turns if turn.kind == kind] for kind in KINDS}
-
-
-class Balance:
-    """Chooses turns so that within each kind all answers come about equally often."""
-
-    def __init__(self, source: random.Random) -> None:
-        self.source = source
-        self.asked: Counter[tuple[str, str]] = Counter()
-
-    def choose(self, turns: Sequence[Turn]) -> Turn:
-        """One of the turns with the answer that was given least often so far."""
-        turn = min(turns, key=lambda t: (self.asked[t.kind, t.answer], self.source.random()))
-        self.asked[turn.kind, turn.answer] += 1
-        return turn
+def turns(scene: Scene) -> list[Turn]:
+    """All questions about a scene."""
+    return [
+        Turn("colour", "What colour are the shapes?", scene.colour),
+        Turn("shape", "Which shape is it?", scene.shape),
+        Turn("count", "How many shapes are there?", str(scene.count)),
+        Turn("position", "Where are the shapes?", scene.place),
+    ]
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -174,12 +140,11 @@ def captions(pictures: Sequence[tuple[str, Scene]]) -> Iterator[dict[str, Any]]:
 def conversations(
     pictures: Sequence[tuple[str, Scene]], source: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Records of stage 2: a turn of each kind that the picture allows, in random order."""
-    balance = Balance(source)
+    """Records of stage 2: all questions about a picture, in random order."""
     for name, scene in pictures:
-        turns = [balance.choose(found) for found in possible_turns(scene).values() if found]
-        source.shuffle(turns)
-        said = [text for turn in turns for text in (("human", turn.question), ("gpt", turn.answer))]
+        asked = turns(scene)
+        source.shuffle(asked)
+        said = [text for turn in asked for text in (("human", turn.question), ("gpt", turn.answer))]
         said[0] = ("human", "<image>\n" + said[0][1])
         yield record(name, said)
 
@@ -197,15 +162,11 @@ def spoken(conversation: dict[str, Any]) -> Iterator[str]:
         yield turn["value"].removeprefix("<image>\n")
 
 
-def held_out(
-    pictures: Sequence[tuple[str, Scene]], source: random.Random
-) -> Iterator[dict[str, Any]]:
+def held_out(pictures: Sequence[tuple[str, Scene]]) -> Iterator[dict[str, Any]]:
     """One question line about each picture, the kinds in turn."""
-    balance = Balance(source)
     for number, (name, scene) in enumerate(pictures):
-        found = possible_turns(scene)
-        kinds = (*KINDS[number % len(KINDS) :], *KINDS)
-        turn = balance.choose(next(found[kind] for kind in kinds if found[kind]))
+        asked = turns(scene)
+        turn = asked[number % len(asked)]
         yield {
             "question_id": number,
             "image": name,
@@ -229,7 +190,7 @@ def write(folder: Path, trained: int, kept: int, seed: int) -> None:
     }
     for name, content in records.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    lines = [json.dumps(line) + "\n" for line in held_out(named[trained:], source)]
+    lines = [json.dumps(line) + "\n" for line in held_out(named[trained:])]
     (folder / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
     texts = [" ".join(spoken(r)) for part in records.values() for r in part]
     (folder / "corpus.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")

@@ -18,11 +18,12 @@ JOBS=${JOBS:-$((CORES < 4 ? CORES : 4))}
 RESULTS=$(mktemp -d)
 trap 'rm -rf "$RESULTS"' EXIT
 
-# name, backend (- for none), folder. The long ones first, so that the cores stay busy.
+# name, backend (- for none), what pytest is given. The long ones first, so that the cores stay busy.
 GROUPS_OF_TESTS=(
+    "runs - tests/cross/runs"
     "neutral - tests/neutral"
+    "cross - tests/cross --ignore tests/cross/runs"
     "torch - tests/torch"
-    "cross - tests/cross"
     "backend-mindspore mindspore tests/backend"
     "backend-torch torch tests/backend"
     "backend-paddle paddle tests/backend"
@@ -42,10 +43,11 @@ run_group() {
 }
 
 run_pytest() {
-    local name=$1 backend=$2 folder=$3
+    local name=$1 backend=$2
+    shift 2
     local -a environment=()
     [ "$backend" = - ] || environment=("UNILLAVA_BACKEND=$backend")
-    run_group "$name" env "${environment[@]+"${environment[@]}"}" "$PY" -m pytest "$folder" \
+    run_group "$name" env "${environment[@]+"${environment[@]}"}" "$PY" -m pytest "$@" \
         --quiet --color=no --junitxml="$RESULTS/$name.xml" -o cache_dir="$RESULTS/cache-$name"
 }
 
@@ -54,9 +56,9 @@ run_group ruff-check "$PY" -m ruff check --no-cache .
 run_group ruff-format "$PY" -m ruff format --no-cache --check --quiet .
 for group in "${GROUPS_OF_TESTS[@]}"; do
     while [ "$(jobs -pr | wc -l)" -ge "$JOBS" ]; do sleep 1; done
-    read -r name backend folder <<<"$group"
-    NAMES+=("$name")
-    run_pytest "$name" "$backend" "$folder" &
+    read -r -a words <<<"$group"
+    NAMES+=("${words[0]}")
+    run_pytest "${words[@]}" &
 done
 wait
 

@@ -265,8 +265,8 @@ SIZES: dict[str, _SizeKind] = {
         unspoken=0.1,
     ),
     "small": _SizeKind(
-        image_size=56,
-        patch_size=8,
+        image_size=112,
+        patch_size=16,
         max_shard_bytes=2_000_000,
         text=dict(
             hidden_size=96, intermediate_size=256, num_attention_heads=4, num_hidden_layers=3

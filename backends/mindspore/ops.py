@@ -15,9 +15,10 @@ import numpy as np
 from mindspore import Tensor
 from mindspore import ops as F
 
-from backends import quantised
 from backends.contract import dropout_limit
 from backends.mindspore import ascend
+from backends.quantised import LARGEST, LEVELS
+from backends.quantised import pairs as pairs_of
 
 DTYPES = {
     "float32": ms.float32,
@@ -126,39 +127,72 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 def quantised_linear(x: Tensor, codes: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
-    y_NO = _QUANTISED[kind](F.reshape(x, (-1, x.shape[-1])), codes, scale_OG)
+    x_NI = F.reshape(x, (-1, x.shape[-1]))
+    if kind == "int8":
+        y_NO = _linear_8bit(x_NI, codes, scale_OG)
+    else:
+        y_NO = _linear_4bit(x_NI, codes, scale_OG, _PAIRS[kind])
     return F.reshape(y_NO, x.shape[:-1] + (codes.shape[0],))
 
 
-class _QuantisedLinear(ms.nn.Cell):
-    """Keeps the codes alone for the backward pass, which needs the weight once more."""
+class _Linear8bit(ms.nn.Cell):
+    """Keeps the codes alone for the backward pass, which needs the weight once more.
 
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.pairs = Tensor(quantised.pairs(kind)) if kind in quantised.LEVELS else None
-
-    def weight(self, codes: Tensor, scale_OG: Tensor, dtype: Any) -> Tensor:
-        shape = scale_OG.shape + (-1,)
-        if self.pairs is None:
-            share_OGN = F.reshape(F.cast(codes, ms.float32) / quantised.LARGEST, shape)
-        else:
-            share_OGN = F.reshape(F.gather(self.pairs, F.cast(codes, ms.int32), 0), shape)
-        weight_OGN = share_OGN * F.broadcast_to(F.expand_dims(scale_OG, -1), share_OGN.shape)
-        return F.cast(F.reshape(weight_OGN, (codes.shape[0], -1)), dtype)
+    It makes that from codes that wait for its upstream gradient (`depend`), else a compiled graph
+    may share the forward pass's weight.
+    """
 
     def construct(self, x_NI: Tensor, codes: Tensor, scale_OG: Tensor) -> Tensor:
-        return _times_transposed(x_NI, self.weight(codes, scale_OG, x_NI.dtype))
+        return _times_transposed(x_NI, _from_8bit(codes, scale_OG, x_NI.dtype))
 
     def bprop(
         self, x_NI: Tensor, codes: Tensor, scale_OG: Tensor, y_NO: Tensor, upstream_NO: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # After the upstream gradient, else a compiled graph may share the forward pass's weight.
-        codes_now = F.depend(codes, upstream_NO)
-        grad_NI = F.matmul(upstream_NO, self.weight(codes_now, scale_OG, upstream_NO.dtype))
-        return grad_NI, F.zeros_like(codes), F.zeros_like(scale_OG)
+        weight_OI = _from_8bit(F.depend(codes, upstream_NO), scale_OG, upstream_NO.dtype)
+        return F.matmul(upstream_NO, weight_OI), F.zeros_like(codes), F.zeros_like(scale_OG)
 
 
-_QUANTISED = {kind: _QuantisedLinear(kind) for kind in quantised.KINDS}
+class _Linear4bit(ms.nn.Cell):
+    """The same for two codes in a byte; `pairs` [256, 2] says what they stand for."""
+
+    def construct(self, x_NI: Tensor, codes: Tensor, scale_OG: Tensor, pairs: Tensor) -> Tensor:
+        return _times_transposed(x_NI, _from_4bit(codes, scale_OG, pairs, x_NI.dtype))
+
+    def bprop(
+        self,
+        x_NI: Tensor,
+        codes: Tensor,
+        scale_OG: Tensor,
+        pairs: Tensor,
+        y_NO: Tensor,
+        upstream_NO: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        later = F.depend(codes, upstream_NO)
+        weight_OI = _from_4bit(later, scale_OG, pairs, upstream_NO.dtype)
+        return (
+            F.matmul(upstream_NO, weight_OI),
+            F.zeros_like(codes),
+            F.zeros_like(scale_OG),
+            F.zeros_like(pairs),
+        )
+
+
+def _from_8bit(codes: Tensor, scale_OG: Tensor, dtype: Any) -> Tensor:
+    return _scaled(F.cast(codes, ms.float32) * (1 / LARGEST), scale_OG, dtype)
+
+
+def _from_4bit(codes: Tensor, scale_OG: Tensor, pairs: Tensor, dtype: Any) -> Tensor:
+    return _scaled(F.gather(pairs, F.cast(codes, ms.int32), 0), scale_OG, dtype)
+
+
+def _scaled(share: Tensor, scale_OG: Tensor, dtype: Any) -> Tensor:
+    share_OGN = F.reshape(share, scale_OG.shape + (-1,))
+    scale_OGN = F.broadcast_to(F.expand_dims(scale_OG, -1), share_OGN.shape)
+    return F.cast(F.reshape(share_OGN * scale_OGN, (scale_OG.shape[0], -1)), dtype)
+
+
+_linear_8bit, _linear_4bit = _Linear8bit(), _Linear4bit()
+_PAIRS = {kind: Tensor(pairs_of(kind)) for kind in LEVELS}
 
 
 def softmax(x: Tensor, axis: int) -> Tensor:

@@ -28,7 +28,7 @@ def dequantised(codes: Tensor, scale_OG: Tensor, kind: str, dtype: torch.dtype) 
     if functional is None:
         return None
     state = functional.QuantState(
-        absmax=scale_OG.reshape(-1),
+        absmax=scale_OG.reshape(-1).float(),  # FSDP's mixed precision rounds it
         shape=torch.Size((codes.shape[0], 2 * codes.shape[1])),
         code=_levels(codes.device),
         blocksize=block,

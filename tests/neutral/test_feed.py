@@ -310,11 +310,12 @@ def test_a_worker_that_is_killed_ends_the_run(tiny, path, tmp_path):
 # --- from a recipe -----------------------------------------------------------------------------
 
 
-def recipe(path: Path, model: Path, **data):
+def recipe(path: Path, model: Path, settings=(), **data):
+    settings = dict(settings)
     files = data.pop("files", [{"path": str(path)}])
     return read_recipe(
         {
-            "model": {"path": str(model), **data.pop("model", {})},
+            "model": {"path": str(model), **settings},
             "data": {"files": files, "max_length": MAX_LENGTH, **data},
             "rates": {"projector": 1e-3},
             "steps": {"batch": 2},
@@ -333,7 +334,7 @@ def test_a_recipe_that_packs(path, tiny, pipeline):
     records, order = order_of(chosen, pipeline)
     assert order.max_length == 2 * MAX_LENGTH
     assert order.lengths.tolist() == sample_lengths(records, pipeline)["length"].tolist()
-    assert f"{len(order.rows_of_epoch(0))} rows of {2 * MAX_LENGTH}" in order.described()
+    assert f"{len(order.rows_of_epoch(0))} rows of {2 * MAX_LENGTH:,} " in order.described()
 
 
 def test_samples_that_are_cut_count_as_what_is_left(path, tiny, pipeline):
@@ -398,8 +399,8 @@ def test_a_missing_folder_of_pictures(path, tiny):
 
 
 def test_image_mode_frames_and_compatibility_of_a_recipe(path, tiny):
-    model = {"image_mode": "pad", "template": "llava_v0"}
-    chosen = recipe(path, tiny("llava"), model=model, num_frames=5, compat="llava")
+    settings = {"image_mode": "pad", "template": "llava_v0"}
+    chosen = recipe(path, tiny("llava"), settings, num_frames=5, compat="llava")
     own = make_pipeline(chosen, as_checkpoint(open_model(chosen.model, 0)))
     assert (own.images.mode, own.num_frames, own.template.name) == ("pad", 5, "v0_original")
     with pytest.raises(ConfigError, match="did you mean kollava"):

@@ -358,7 +358,7 @@ def test_a_dry_run_with_tiny_stand_ins(name, stand, capsys):
     show(plan)
     shown = capsys.readouterr().out
     for part, rate in wanted.items():
-        assert re.search(rf"^{part} .*rate {rate:g}", shown, re.M), shown
+        assert part in shown and re.search(rf"\b{rate:g}\b", shown), shown
     assert not Path(plan.recipe.output).exists()
 
 

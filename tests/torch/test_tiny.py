@@ -92,7 +92,7 @@ def test_greedy_reply_wanders_and_depends_on_the_picture(tiny, photo, family, te
     processor = AutoProcessor.from_pretrained(directory)
     prompt = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
     replies = []
-    for image in (Image.open(photo), Image.new("RGB", (512, 600))):
+    for image in (Image.open(photo), Image.new("RGB", (512, 600), (200, 30, 30))):
         inputs = processor(images=image, text=prompt, return_tensors="pt")
         with torch.no_grad():
             out = model.generate(

@@ -131,7 +131,7 @@ def open_pipeline(
     vision: str | None,
     template: str | None,
     num_frames: int,
-    compat: str | None,
+    compat: str | None = None,
 ) -> Pipeline:
     """Tokenizer, template and image sizes of a checkpoint; no framework, no weights."""
     from unillava.checkpoint import open_checkpoint

@@ -18,7 +18,7 @@ import yaml
 from tests.cross.conftest import environment
 from unillava.training import state
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BACKENDS = ("torch", "mindspore", "paddle")
 STEPS, LONG = 4, 60
 """Of a run that comes to its end, and of the one that all are compared with."""
@@ -65,7 +65,7 @@ def launch(recipe: Path, output: Path, backend: str, *options: str, **overrides)
 
 
 def clean() -> dict[str, str]:
-    """The environment without what another launcher may have left in it; this Python for scripts."""
+    """The environment without what another launcher may have left; this Python for scripts."""
     kept = {k: v for k, v in environment().items() if k not in ("UNILLAVA_BACKEND", "RECIPE")}
     return kept | {"PYTHON": sys.executable}
 
@@ -233,7 +233,7 @@ CABLE = """
 set -eu
 ip link set lo up
 unshare -n sleep 600 & other=$!
-trap 'kill $other' EXIT
+trap 'kill $other ${second:-} 2>/dev/null || true' EXIT
 sleep 0.3
 ip link add one type veth peer name two netns $other
 ip addr add 10.77.0.1/24 dev one

@@ -59,7 +59,7 @@ def recipe(base, photo, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def moved(recipe, tmp_path_factory) -> Path:
     """The output of a run whose every third was computed by another framework."""
-    from tests.cross.test_train import train
+    from tests.cross.runs.test_train import train
 
     output = tmp_path_factory.mktemp("moved") / "out"
     for n, backend in enumerate(ORDER, 1):
