@@ -1,9 +1,10 @@
 """Time and peak memory of conversions, against copying the same bytes and against the peers.
 
-    python benchmarks/convert.py                   # a real 7B: 14 GB of random bfloat16
+    python benchmarks/convert.py                   # whole: 12 GB of random bfloat16
     python benchmarks/convert.py --layers 4        # a slice of it
 
-Builds a LLaVA-1.5-7B checkpoint with random weights, then converts it along ROUTES. Each conversion
+Builds a checkpoint of LLaVA-1.5-7B's widths and depth with random weights (two key/value heads, as
+the tiny checkpoint has them: 12.2 GB), then converts it along ROUTES. Each conversion
 runs in a process of its own, whose peak resident memory the kernel reports, and between a `cp` of
 its source files and another, both brought to the disk (`sync`): the ratio is to their mean. The
 page cache is emptied before each step where that is allowed.
@@ -85,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def build(directory: Path, layers: int) -> Path:
-    """LLaVA-1.5-7B in the hub's layout: true shapes, random finite bfloat16, a tiny tokenizer."""
+    """LLaVA-1.5-7B's widths in the hub's layout: random finite bfloat16, a tiny tokenizer."""
     sys.path.insert(0, str(ROOT))
     from unillava.config import read_spec
     from unillava.spec import parameter_table
@@ -308,7 +309,7 @@ def as_mindformers(source: Path, destination: Path) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"LLaVA-1.5-7B shapes, {result['layers']} language blocks, bfloat16, "
+        f"LLaVA-1.5-7B widths, two key/value heads, {result['layers']} language blocks, bfloat16, "
         f"{result['cpus']} CPUs. Time relative to `cp` of the source, both synced to the disk.",
         "",
         "| route | what happens | GB | seconds | cp | ratio (bar) | peak MiB (bar) |",

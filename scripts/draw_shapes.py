@@ -32,7 +32,7 @@ COLOURS = {
     "blue": (40, 90, 210),
     "yellow": (245, 200, 30),
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("square", "ring", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = (1, 2, 3, 4)
 SIDE = 112
@@ -88,8 +88,8 @@ def draw(scene: Scene, source: random.Random) -> Image.Image:
     cell = side / 4
     for corner in source.sample(range(4), scene.count):
         down, right = divmod(corner, 2)
-        radius = cell * source.uniform(0.36, 0.42)
-        free = cell / 2 - radius
+        radius = cell * source.uniform(0.38, 0.42)
+        free = 0.4 * (cell / 2 - radius)
         x = cell * (2 * column + right + 0.5) + source.uniform(-free, free)
         y = cell * (2 * row + down + 0.5) + source.uniform(-free, free)
         draw_shape(pen, scene.shape, x, y, radius, colour)
@@ -100,13 +100,15 @@ def draw_shape(
     pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, colour: Any
 ) -> None:
     """One shape in the square of that radius around (x, y)."""
-    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
-    if shape == "circle":
-        pen.ellipse((left, top, right, bottom), fill=colour)
-    elif shape == "square":
-        pen.rectangle((left, top, right, bottom), fill=colour)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    width = 0.6 * radius
+    if shape == "square":
+        pen.rectangle(box, fill=colour)
+    elif shape == "ring":
+        pen.ellipse(box, outline=colour, width=round(width))
     else:
-        pen.polygon(((x, top), (left, bottom), (right, bottom)), fill=colour)
+        pen.rectangle((x - radius, y - width / 2, x + radius, y + width / 2), fill=colour)
+        pen.rectangle((x - width / 2, y - radius, x + width / 2, y + radius), fill=colour)
 
 
 # --- what is said about them -----------------------------------------------------------------
@@ -114,8 +116,9 @@ def draw_shape(
 
 def caption(scene: Scene) -> str:
     """A description of all that the picture shows."""
-    ending = "" if scene.count == 1 else "s"
-    return f"{scene.count} {scene.colour} {scene.shape}{ending} at the {scene.place}."
+    plural = {"cross": "crosses"}.get(scene.shape, f"{scene.shape}s")
+    shown = scene.shape if scene.count == 1 else plural
+    return f"{scene.count} {scene.colour} {shown} at the {scene.place}."
 
 
 def turns(scene: Scene) -> list[Turn]:

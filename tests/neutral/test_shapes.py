@@ -30,8 +30,8 @@ def records(folder: Path, name: str) -> list[dict]:
 
 def test_what_is_said_is_true():
     assert draw_shapes.caption(SCENE) == "3 blue squares at the bottom left."
-    single = Scene(1, "red", "circle", "top right")
-    assert draw_shapes.caption(single) == "1 red circle at the top right."
+    pair = Scene(2, "red", "cross", "top right")
+    assert draw_shapes.caption(pair) == "2 red crosses at the top right."
     assert {turn.kind: turn.answer for turn in draw_shapes.turns(SCENE)} == {
         "colour": "blue",
         "shape": "square",
