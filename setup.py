@@ -18,7 +18,7 @@ EXTRAS = {
     "mindspore": ["mindspore>=2.5,<3", "numpy<2"],
     "paddle": ["paddlepaddle>=3.0,<4"],
     "train": ["grain>=0.2.12", "matplotlib>=3.8", "tensorboardX>=2.6"],
-    "deepspeed": ["deepspeed>=0.16"],  # needs torch; ZeRO-2 and ZeRO-3
+    "deepspeed": ["deepspeed>=0.19.8"],  # needs torch; ZeRO-2 and ZeRO-3
     "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
     "video": ["av>=12"],
 }

@@ -224,6 +224,12 @@ def test_stopping_at_a_bad_sample(broken, pipeline):
         list(feed.updates(0, 2))
 
 
+def test_without_grain_it_says_what_to_install(path, pipeline, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(DataError, match=r"unillava\[train\]"):
+        next(make(path, pipeline).updates(0, 1))
+
+
 def test_a_micro_batch_with_nothing_left_learns_nothing(broken, pipeline):
     feed = make(broken, pipeline, batch=1, micro_batch=1)
     feed = dataclasses.replace(feed, order=dataclasses.replace(feed.order, shuffle=False))

@@ -118,7 +118,13 @@ class Feed:
 
     def _dataset(self, start: int, stop: int) -> Any:
         logging.getLogger("absl").setLevel(logging.ERROR)  # it misses a profiler, and says so
-        import grain
+        try:
+            import grain
+        except ImportError:
+            raise DataError(
+                "training reads its data with grain, which is not installed",
+                fix='pip install "unillava[train]"',
+            ) from None
 
         first = start * self.passes
         numbers = grain.MapDataset.range(first, stop * self.passes)
