@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from backends.process import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
@@ -70,7 +73,6 @@ def parse() -> argparse.Namespace:
 
 def build(directory: Path, size: str) -> Path:
     """A random LLaVA-1.5 of that size with a real vocabulary's and a real picture's dimensions."""
-    sys.path.insert(0, str(ROOT))
     from unillava.tiny import build_tiny
 
     width, blocks, heads = SIZES[size]
@@ -102,7 +104,6 @@ def work(options: argparse.Namespace) -> None:
     # Frameworks print to stdout, which belongs to the answers here.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    sys.path.insert(0, str(ROOT))
     run, about = theirs(options) if options.worker == "transformers" else ours(options)
     print(json.dumps(about), file=answers, flush=True)
     for line in sys.stdin:
@@ -241,7 +242,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": sides[1].about["device"],
         "new_tokens": options.new_tokens,
         "threads": options.threads,
-        "processor": processor(),
+        "processor": f"{processor_name()}, {os.cpu_count()} logical cores",
         "versions": {key: value for side in sides for key, value in side.about.items()},
         "sides": {
             side.name: summary(rounds[side.name], reference) | {"warm_up_s": side.warm_up}
@@ -269,16 +270,6 @@ def summary(rounds: list[dict[str, Any]], reference: list[dict[str, Any]]) -> di
         "tokens_per_s_against_transformers": round(statistics.median(more), 2),
         "same_tokens": all(one["tokens"] == reference[0]["tokens"] for one in rounds),
     }
-
-
-def processor() -> str:
-    """The name of the CPU, as well as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} logical cores" if names else platform.processor()
 
 
 # --- tables ----------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from backends.process import processor_name
 from unillava.checkpoint import Checkpoint, open_checkpoint
 from unillava.data.collate import IMAGE, TEXT, Sample, collate_rows
 from unillava.data.order import best_fit
@@ -489,12 +489,7 @@ def processor(device: str) -> str:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         return found.splitlines()[0] if found else "unknown GPU"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} logical cores" if names else platform.processor()
+    return f"{processor_name()}, {os.cpu_count()} logical cores"
 
 
 # --- tables ----------------------------------------------------------------------------------

@@ -144,12 +144,14 @@ def _read(contents: Contents, options: Options) -> Source:
     config = contents.config
     tensors, dropped = canonical_tensors(files.open_weights(contents.path))
     if text_config(config).get("tie_word_embeddings") and HEAD in tensors:
-        if config.get("tie_word_embeddings") is False and not _repeats_embedding(tensors):
+        if _repeats_embedding(tensors):
+            tensors = _without_head(tensors)
+        elif config.get("tie_word_embeddings") is False:
             # transformers 5 goes by the top of config.json, older ones by text_config.
             text = {**config["text_config"], "tie_word_embeddings": False}
             config = {**config, "text_config": text}
         else:
-            tensors = without_repeated_head(contents, tensors)
+            raise _another_head(contents)
     check_complete(tensors, config, ("vision", "projector", "newline", "language"), options)
     return Source(
         "hf", contents.path, config, tensors, pick_files(contents.path, SIDE_FILES), dropped=dropped
@@ -194,14 +196,22 @@ def without_repeated_head(contents: Contents, tensors: dict[str, Tensor]) -> dic
         CheckpointError: the head differs from the embedding that it is said to be.
     """
     if not _repeats_embedding(tensors):
-        raise CheckpointError(
-            f"config.json of {contents.path} says that the output head is the embedding matrix, "
-            "but the file holds another head",
-            given=f"tie_word_embeddings true, and a {HEAD} unlike {EMBEDDING}",
-            fix="if the head was trained on its own, set tie_word_embeddings to false, at the "
-            "top of config.json and in text_config",
-        )
+        raise _another_head(contents)
+    return _without_head(tensors)
+
+
+def _without_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+
+
+def _another_head(contents: Contents) -> CheckpointError:
+    return CheckpointError(
+        f"config.json of {contents.path} says that the output head is the embedding matrix, "
+        "but the file holds another head",
+        given=f"tie_word_embeddings true, and a {HEAD} unlike {EMBEDDING}",
+        fix="if the head was trained on its own, set tie_word_embeddings to false, at the "
+        "top of config.json and in text_config",
+    )
 
 
 def _repeats_embedding(tensors: Mapping[str, Tensor]) -> bool:
