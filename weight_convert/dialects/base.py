@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from weight_convert.canonical import Config, expected_names, is_buffer
+from weight_convert.canonical import Config, expected_names, is_buffer, projector_kind
 from weight_convert.contents import Contents
 from weight_convert.errors import CheckpointError
 from weight_convert.mapping import Mapped, NameTable
@@ -113,6 +113,28 @@ def check_complete(
             expected=f"{len(expected)} tensors",
             fix="use the configuration that was saved with these weights, or name what may be "
             "absent or left out: --allow-missing PATTERN, --allow-unused PATTERN",
+        )
+
+
+def check_whole(source: Source, parts: Collection[str], words: str) -> None:
+    """Refuse to write less than a model; an identity projector has no tensors to miss.
+
+    Args:
+        source: what is to be written.
+        parts: those that the layout cannot do without.
+        words: the same for people.
+
+    Raises:
+        CheckpointError: one of them is absent.
+    """
+    absent = set(parts) - source.parts
+    if projector_kind(source.config) == "identity":
+        absent -= {"projector"}
+    if absent:
+        raise CheckpointError(
+            f"{source.path} is not a whole model",
+            given=f"no {' and no '.join(sorted(absent))}",
+            expected=words,
         )
 
 

@@ -33,7 +33,13 @@ from weight_convert.canonical import (
 from weight_convert.contents import Contents
 from weight_convert.dialects import clip, language, mm_settings, registry
 from weight_convert.dialects.assembly import processor_files
-from weight_convert.dialects.base import Dialect, check_complete, to_canonical, to_stored
+from weight_convert.dialects.base import (
+    Dialect,
+    check_complete,
+    check_whole,
+    to_canonical,
+    to_stored,
+)
 from weight_convert.dialects.configs import as_it_was, dtype_of, restored
 from weight_convert.dialects.delta import BASE_FILE
 from weight_convert.dialects.hf import SIDE_FILES, without_repeated_head
@@ -253,15 +259,7 @@ class _Place:
 
 
 def _write(source: Source, options: Options) -> Target:
-    absent = {"projector", "language"} - source.parts
-    if canonical.projector_kind(source.config) == "identity":
-        absent -= {"projector"}
-    if absent:
-        raise CheckpointError(
-            f"{source.path} is not a whole model",
-            given=f"no {' and no '.join(sorted(absent))}",
-            expected="language model and projector",
-        )
+    check_whole(source, {"projector", "language"}, "language model and projector")
     source = trim(source)
     kept = source.memory.get(NAME, {})
     place = _place(source, options, kept)

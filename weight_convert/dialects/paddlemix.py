@@ -24,7 +24,13 @@ from weight_convert.canonical import NEWLINE, PARTS, PROJECTOR, VISION, Config
 from weight_convert.contents import Contents
 from weight_convert.dialects import clip, paddlenlp
 from weight_convert.dialects.assembly import processor_files
-from weight_convert.dialects.base import Dialect, check_complete, to_canonical, to_stored
+from weight_convert.dialects.base import (
+    Dialect,
+    check_complete,
+    check_whole,
+    to_canonical,
+    to_stored,
+)
 from weight_convert.dialects.configs import as_it_was, dtype_of, restored
 from weight_convert.dialects.llava_config import (
     Facts,
@@ -376,15 +382,9 @@ def _processor_of(contents: Contents) -> Config:
 
 
 def _write(source: Source, options: Options) -> Target:
-    absent = {"vision", "projector", "language"} - source.parts
-    if canonical.projector_kind(source.config) == "identity":
-        absent -= {"projector"}
-    if absent:
-        raise CheckpointError(
-            f"{source.path} is not a whole model",
-            given=f"no {' and no '.join(sorted(absent))}",
-            expected="vision tower, projector and language model",
-        )
+    check_whole(
+        source, {"vision", "projector", "language"}, "vision tower, projector and language model"
+    )
     source = trim(source)
     config, kept = source.config, source.memory.get(NAME, {})
     text, vision = canonical.text_config(config), canonical.vision_config(config)
