@@ -599,6 +599,10 @@ class LossScale:
         return LossScale(self.size, self.good + 1)
 
 
+PREFERS_COMPILED = False
+"""Whether an engine should be asked for compiled where nobody says otherwise."""
+
+
 class Engine:
     """Trains a module: gradients, their exchange between ranks, clipping, AdamW.
 

@@ -28,8 +28,7 @@ from backends.errors import BackendError
 from backends.mindspore import parallel, runtime
 
 STRATEGIES = parallel.STRATEGIES
-PREFERS_COMPILED = True
-"""Eager mode is several times slower: who is not told otherwise should ask for compiled."""
+PREFERS_COMPILED = True  # eager mode is several times slower
 
 BUCKET_BYTES = 4 * 2**20
 """Larger parameters have a bucket of their own, which costs no copy."""

@@ -21,7 +21,9 @@ from backends.errors import BackendError
 from backends.paddle import _state, parallel, runtime
 from backends.paddle.parallel import STRATEGIES
 
-__all__ = ["STRATEGIES", "Engine"]
+__all__ = ["PREFERS_COMPILED", "STRATEGIES", "Engine"]
+
+PREFERS_COMPILED = False
 
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 NORM_NUMBERS = 2**20

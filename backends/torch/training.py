@@ -17,7 +17,9 @@ from backends.errors import BackendError
 from backends.torch import native, ops, runtime
 from backends.torch.parallel import STRATEGIES, check_strategy, world
 
-__all__ = ["STRATEGIES", "Engine"]
+__all__ = ["PREFERS_COMPILED", "STRATEGIES", "Engine"]
+
+PREFERS_COMPILED = False
 
 
 class Engine:

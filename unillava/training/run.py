@@ -383,9 +383,10 @@ def build_engine(network: Any, chosen: Plan, world: int) -> Any:
     settings = AdamW(optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.clip_norm)
     groups = [Group(g.name, g.parameters, g.weight_decay) for g in chosen.groups]
     strategy = strategy_of(recipe, world)
-    compiled = backends.NAME == "mindspore" if running.compiled is None else running.compiled
+    training = backends.training
+    compiled = training.PREFERS_COMPILED if running.compiled is None else running.compiled
     takes_file = running.deepspeed is not None and strategy in ("zero2", "zero3")
-    return backends.training.Engine(
+    return training.Engine(
         network,
         groups,
         settings,
